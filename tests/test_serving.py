@@ -1,0 +1,470 @@
+"""The container contract and local endpoints, with real processes.
+
+What one function does is tested under it, in nbs/lib/40_serving.ipynb and 50_targets.ipynb.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from textrelay import targets
+from textrelay.core import IntegrityError, digest_json, manifest, read_json, read_table, write_json, write_table
+from textrelay.targets import Endpoint, LocalTarget, request
+
+TEXTS = ["yes we meet next week", "no budget", "stop remove", "yes call", "we use this no thanks", "remove this stop"]
+LABELS = ["positive", "objection", "unsubscribe"]
+AWAY = "Subject: Automatic reply: hello\nAuto-Submitted: auto-replied\n\nI am out of office.\n"
+FORBIDDEN = ("torch", "transformers", "mlflow", "papermill", "boto3", "sagemaker", "pandas", "sklearn")
+
+
+def seal(folder: Path, **facts: Any) -> Path:
+    "Write manifest and release of whatever lies in a folder."
+    for name in ("manifest.json", "release.json"):
+        (folder / name).unlink(missing_ok=True)
+    content = manifest(folder)
+    write_json(folder / "manifest.json", content)
+    write_json(folder / "release.json", {"release": digest_json(content), "name": "reply-intent", **facts})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from textrelay.classifier import TransformerClassifier, tiny_model
+    from textrelay.filters import Automatic, CurrentReply, Stamp
+    from textrelay.model import Model
+
+    folder = tmp_path_factory.mktemp("serving")
+    tiny = tiny_model(f"{folder}/tiny")
+    clf = TransformerClassifier(tiny, epochs=30, learning_rate=2e-3, batch_size=8, precision="float32", threads=1, quiet=True)
+    clf.fit(TEXTS * 8, LABELS * 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's remarks on tracing
+        Model(clf, before=[Automatic(), CurrentReply()], after=[Stamp()], name="reply-intent").save(folder / "bundle" / "model")
+    items: list[Any] = [*TEXTS, {"raw": AWAY}]
+    answers = Model.load(folder / "bundle" / "model").answer(items)
+    expected = [{k: a[k] for k in ("label", "status", "reason", "scores")} for a in answers]
+    write_table(folder / "bundle" / "golden.jsonl", [{"item": i, "expected": e} for i, e in zip(items, expected, strict=True)])
+    return seal(folder / "bundle", version="7", run_id="0123abcd", commit="4567cdef")
+
+
+@pytest.fixture
+def another(tiny_bundle: Path, tmp_path: Path) -> Callable[[str], Path]:
+    "Makes another release with the same model."
+
+    def make(version: str) -> Path:
+        folder = tmp_path / f"bundle-{version}"
+        shutil.copytree(tiny_bundle, folder)
+        (folder / "version.txt").write_text(version)
+        return seal(folder, version=version)
+
+    return make
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@contextlib.contextmanager
+def running(command: list[str], port: int, log: Path, **env: str) -> Iterator[subprocess.Popen[bytes]]:
+    "A server process that answers /ping."
+    with open(log, "wb") as out:
+        process = subprocess.Popen([sys.executable, *command], stdout=out, stderr=out, env={**os.environ, **env})
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            with contextlib.suppress(OSError):
+                if ask(port, "GET", "/ping")[0] == 200:
+                    break
+            time.sleep(0.05)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def ask(port: int, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, Any, Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.request(method, path, body, headers or {})
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read()), answer.headers
+    finally:
+        connection.close()
+
+
+def post(port: int, body: Any, content_type: str, **headers: str) -> tuple[int, Any, Any]:
+    return ask(port, "POST", "/invocations", body, {"content-type": content_type, **headers})
+
+
+@pytest.fixture(scope="module")
+def server(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]:
+    "Port and log of a real server, watched for what it imports."
+    port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
+    with running(["-X", "importtime", "-m", "textrelay.serving", str(tiny_bundle), "--port", str(port)], port, log):
+        yield port, log
+
+
+# The contract ------------------------------------------------------------------------------------------------------------
+
+MESSAGES = [{"id": "m1", "text": "yes call"}, {"id": "m2", "text": "remove this stop"}]
+SPLIT = {"dataframe_split": {"columns": ["id", "text"], "data": [["m1", "yes call"], ["m2", "remove this stop"]]}}
+
+
+@pytest.mark.parametrize(("content_type", "body"), [
+    ("application/json", json.dumps(MESSAGES)),
+    ("application/json; charset=utf-8", json.dumps({"inputs": MESSAGES})),
+    ("application/json", json.dumps(SPLIT)),
+    ("application/json", json.dumps({"dataframe_records": MESSAGES})),
+    ("application/jsonlines", "\n".join(json.dumps(m) for m in MESSAGES)),
+    ("application/x-ndjson", "\n".join(json.dumps(m) for m in MESSAGES) + "\n"),
+    ("application/jsonl", "\n".join(json.dumps(m) for m in MESSAGES)),
+    ("text/csv", "id,text\r\nm1,yes call\r\nm2,remove this stop\r\n"),
+])
+def test_every_content_type_of_many_messages_gets_the_same_answer(
+    server: tuple[int, Path], tiny_bundle: Path, content_type: str, body: str
+) -> None:
+    status, said, headers = post(server[0], body, content_type)
+    release = read_json(tiny_bundle / "release.json")
+    assert status == 200 and headers["x-textrelay-release"] == release["release"]
+    assert said["model"] == {**release, "version": "7", "run_id": "0123abcd", "commit": "4567cdef"}
+    assert [(p["id"], p["label"], p["status"], p["reason"], p["cached"]) for p in said["predictions"]] == [
+        ("m1", "positive", "scored", None, False), ("m2", "unsubscribe", "scored", None, False)]
+    for p in said["predictions"]:
+        assert set(p) == {"id", "label", "score", "scores", "status", "reason", "cached", "prediction_id"}
+        assert p["score"] == max(p["scores"].values()) and sorted(p["scores"]) == sorted(LABELS)
+        digits, _, number = p["prediction_id"].partition("-")
+        assert digits == release["release"][7:19] and uuid.UUID(number).version == 7
+
+
+@pytest.mark.parametrize(("content_type", "body", "labels"), [
+    ("application/json", '{"text": "no budget"}', ["objection"]),
+    ("application/json", '"no budget"', ["objection"]),
+    ("application/json", '["no budget", "stop remove"]', ["objection", "unsubscribe"]),
+    ("text/plain", "no budget", ["objection"]),
+    ("text/csv", "no budget\nstop remove\n", ["objection", "unsubscribe"]),
+    ("text/csv; header=absent", "no budget\n", ["objection"]),
+    ("application/json", json.dumps({"raw": AWAY}), [None]),
+    ("message/rfc822", AWAY, [None]),
+    ("message/rfc822", b"Subject: Re: offer\r\nContent-Type: text/plain; charset=iso-8859-1\r\n\r\nno budget \xe9\r\n", ["objection"]),
+])
+def test_other_forms_of_messages(server: tuple[int, Path], content_type: str, body: Any, labels: list[str | None]) -> None:
+    status, said, _ = post(server[0], body, content_type)
+    assert status == 200 and [p["label"] for p in said["predictions"]] == labels
+    assert [p["id"] for p in said["predictions"]] == [str(n) for n in range(len(labels))]
+
+
+def test_curl_posts_a_mail_file_as_it_is(server: tuple[int, Path], tmp_path: Path) -> None:
+    if not shutil.which("curl"):
+        pytest.skip("curl is not installed")
+    (tmp_path / "mail.eml").write_bytes(AWAY.replace("\n", "\r\n").encode())
+    command = f"curl -s --data-binary @mail.eml -H 'content-type: message/rfc822' http://127.0.0.1:{server[0]}/invocations"
+    out = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=True, env={**os.environ, "no_proxy": "*"})
+    row = json.loads(out.stdout)["predictions"][0]
+    assert (row["status"], row["reason"], row["label"]) == ("suppressed", "automatic:out_of_office", None)
+
+
+@pytest.mark.parametrize(("status", "says", "content_type", "body"), [
+    (400, "row 1: expected one of 'text'", "application/json", '["ok", {"txt": "SECRET"}]'),
+    (400, "row 0: field 'id'", "application/json", '{"text": "SECRET", "id": [1]}'),
+    (400, "not valid JSON", "application/json", '{"text": "SECRET'),
+    (400, "line 2: not valid JSON", "application/jsonlines", '{"text": "a"}\nSECRET'),
+    (400, "row 1: expected 2 fields", "text/csv", "id,text\n1,a\nSECRET\n"),
+    (400, "not utf-8", "text/plain", b"SECRET \xff"),
+    (400, "no messages", "application/json", "[]"),
+    (400, "no messages", "text/plain", ""),
+    (413, "at most 10000 messages, found 10001", "application/json", json.dumps(["SECRET"] * 10_001)),
+    (413, "at most 6291456 bytes", "text/plain", b"x" * 6_291_457),
+    (415, "expected one of application/json", "application/x-www-form-urlencoded", "SECRET"),
+])
+def test_wrong_requests_are_told_why(server: tuple[int, Path], status: int, says: str, content_type: str, body: Any) -> None:
+    code, said, _ = post(server[0], body, content_type)
+    assert (code, list(said)) == (status, ["error"]) and says in said["error"] and "SECRET" not in said["error"]
+
+
+def test_a_body_without_a_length_is_counted(server: tuple[int, Path]) -> None:
+    code, said, _ = post(server[0], (b"x" * 2**20 for _ in range(7)), "text/plain")
+    assert code == 413 and "at most 6291456 bytes" in said["error"]
+    assert post(server[0], (b"no bud", b"get"), "text/plain")[1]["predictions"][0]["label"] == "objection"
+
+
+def test_compressed_bodies_unknown_paths_and_methods(server: tuple[int, Path]) -> None:
+    code, said, _ = post(server[0], b"\x1f\x8b", "application/json", **{"content-encoding": "gzip"})
+    assert code == 415 and "compressed" in said["error"]
+    assert ask(server[0], "GET", "/models")[:2] == (404, {"error": "Not Found"})
+    code, said, headers = ask(server[0], "GET", "/invocations")
+    assert (code, said, headers["allow"]) == (405, {"error": "Method Not Allowed"}, "POST")
+
+
+def test_the_server_imports_nothing_that_made_the_model_and_logs_no_message(server: tuple[int, Path]) -> None:
+    port, log = server
+    assert post(port, '"SECRET budget"', "application/json")[0] == 200
+    line_of_request = re.compile(r"textrelay.serving: POST /invocations 200 rows=1 ms=[\d.]+$", re.M)
+    deadline = time.monotonic() + 10
+    while not line_of_request.search(log.read_text()) and time.monotonic() < deadline:  # it is written after the answer
+        time.sleep(0.02)
+    lines = log.read_text().splitlines()
+    imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
+    assert {"textrelay.filters", "starlette", "uvicorn", "onnxruntime", "tokenizers"} <= imported
+    assert not {name for name in imported if name.split(".")[0] in FORBIDDEN}
+    assert line_of_request.search("\n".join(lines))
+    assert "SECRET" not in "\n".join(lines)
+
+
+def test_sigterm_ends_the_server_after_what_it_has_begun(tiny_bundle: Path, tmp_path: Path) -> None:
+    port = free_port()
+    with running(["-m", "textrelay.serving", str(tiny_bundle), "--port", str(port), "serve"], port, tmp_path / "log") as process:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) in (0, -signal.SIGTERM) and "Traceback" not in (tmp_path / "log").read_text()
+
+
+GATED = """
+import pathlib, sys, time
+from textrelay.filters import Filter
+
+class Gate(Filter):
+    "Holds a batch until a file appears."
+    def __init__(self, folder):
+        self.folder = folder
+    def transform(self, X):
+        (pathlib.Path(self.folder) / "entered").touch()
+        while not (pathlib.Path(self.folder) / "open").exists():
+            time.sleep(0.01)
+        return list(X)
+
+if __name__ == "__main__":
+    import uvicorn
+    from textrelay.model import Model
+    from textrelay.serving import app
+    facts = dict.fromkeys(("name", "version", "release", "run_id", "commit"))
+    uvicorn.run(app(Model.load(sys.argv[1]), facts, queue=1), port=int(sys.argv[2]), log_level="warning")
+"""
+
+
+def test_a_full_queue_answers_503_at_once_and_ping_goes_on(tiny_bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_bundle / "model", tmp_path / "model")
+    (tmp_path / "privatefilters.py").write_text(GATED)
+    saved = read_json(tmp_path / "model" / "model.json")
+    saved["before"].append({"class": "privatefilters.Gate", "params": {"folder": str(tmp_path)}})
+    write_json(tmp_path / "model" / "model.json", saved)
+    port = free_port()
+    command = [str(tmp_path / "privatefilters.py"), str(tmp_path / "model"), str(port)]
+    with running(command, port, tmp_path / "log", PYTHONPATH=str(tmp_path)), ThreadPoolExecutor(3) as pool:
+        try:
+            first = pool.submit(post, port, "no budget", "text/plain")
+            while not (tmp_path / "entered").exists():
+                time.sleep(0.01)
+            others = [pool.submit(post, port, "no budget", "text/plain") for _ in range(2)]  # one may wait, the other is one too many
+            done, waiting = wait(others, timeout=30, return_when=FIRST_COMPLETED)
+            assert len(done) == len(waiting) == 1 and not first.done()
+            code, said, headers = done.pop().result()
+            assert (code, headers["retry-after"]) == (503, "1") and "overloaded" in said["error"]
+            assert ask(port, "GET", "/ping")[0] == 200
+        finally:
+            (tmp_path / "open").touch()
+        assert [first.result()[0], waiting.pop().result()[0]] == [200, 200]
+
+
+@pytest.mark.parametrize("broken", ["nothing_there", "changed_file"])
+def test_what_cannot_be_served_is_one_line_and_exit_code_1(tiny_bundle: Path, tmp_path: Path, broken: str) -> None:
+    if broken == "changed_file":
+        shutil.copytree(tiny_bundle, tmp_path / broken)
+        (tmp_path / broken / "golden.jsonl").write_text("")
+    out = subprocess.run([sys.executable, "-m", "textrelay.serving", str(tmp_path / broken)], capture_output=True, text=True, check=False)
+    says = {"nothing_there": "neither a bundle", "changed_file": "changed: golden.jsonl"}[broken]
+    assert out.returncode == 1 and out.stderr.startswith("error: ") and says in out.stderr and len(out.stderr.splitlines()) == 1
+
+
+# Local endpoints -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Iterator[LocalTarget]:
+    target = LocalTarget(tmp_path / "home")
+    yield target
+    for endpoint in target.endpoints():
+        target.stop(endpoint.name)
+
+
+def works(endpoint: Endpoint) -> bool:
+    return [row["label"] for row in request(endpoint.url, TEXTS[:3])] == LABELS
+
+
+def test_deploy_list_and_stop(target: LocalTarget, another: Callable[[str], Path]) -> None:
+    source = another("1")
+    one = target.deploy(source, "reply-intent")
+    shutil.rmtree(source)  # the endpoint has its own copy
+    assert works(one) and target.endpoints() == [one] and one.status == "running" and one.facts["version"] == "1"
+    two = target.deploy(another("2"), "other")
+    assert two.port != one.port and target.endpoints() == [two, one]
+    with pytest.raises(ValueError, match=r"no endpoint 'nope'; there are \['other', 'reply-intent'\]"):
+        target.stop("nope")
+    target.stop("reply-intent")
+    assert target.endpoints() == [two] and not (target.folder / "reply-intent").exists()
+    with pytest.raises(RuntimeError, match="did not answer"):
+        request(one.url, ["hello"])
+
+
+def test_the_same_release_again_is_left_as_it_is(target: LocalTarget, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = target.deploy(tiny_bundle, "reply-intent")
+    assert target.deploy(tiny_bundle, "reply-intent") == one
+    assert "already serves" in capsys.readouterr().err
+
+
+def test_another_release_keeps_the_port(target: LocalTarget, tiny_bundle: Path, another: Callable[[str], Path]) -> None:
+    port = free_port()
+    one = target.deploy(tiny_bundle, "reply-intent", port=port)
+    two = target.deploy(another("8"), "reply-intent")
+    assert one.port == two.port == port and one.pid != two.pid and one.release != two.release and works(two)
+    assert [p.name for p in (target.folder / "reply-intent").iterdir() if p.is_dir()] == [two.release[7:23]]
+
+
+def changed_file(folder: Path) -> None:
+    with open(folder / "model" / "runtime" / "model.onnx", "ab") as f:
+        f.write(b"x")
+
+
+def wrong_golden_row(folder: Path) -> None:
+    rows = read_table(folder / "golden.jsonl")
+    rows[2]["expected"]["label"] = "positive"
+    write_table(folder / "golden.jsonl", rows)
+    seal(folder)
+
+
+def score_off_by_one_thousandth(folder: Path) -> None:
+    rows = read_table(folder / "golden.jsonl")
+    rows[0]["expected"]["scores"]["positive"] += 1e-3
+    write_table(folder / "golden.jsonl", rows)
+    seal(folder)
+
+
+def filter_that_is_not_installed(folder: Path) -> None:
+    saved = read_json(folder / "model" / "model.json")
+    write_json(folder / "model" / "model.json", {**saved, "before": [{"class": "nosuchpackage.Filter", "params": {}}]})
+    seal(folder)
+
+
+@pytest.mark.parametrize(("harm", "error", "says"), [
+    (changed_file, IntegrityError, "changed: model/runtime/model.onnx"),
+    (wrong_golden_row, RuntimeError, "row 2: label 'unsubscribe' instead of 'positive'"),
+    (score_off_by_one_thousandth, RuntimeError, "row 0: score of 'positive'"),
+    (filter_that_is_not_installed, RuntimeError, "no module 'nosuchpackage' is installed"),
+])
+def test_a_broken_bundle_leaves_the_old_one_serving(
+    target: LocalTarget, tiny_bundle: Path, another: Callable[[str], Path], harm: Callable[[Path], None], error: type[Exception], says: str
+) -> None:
+    one = target.deploy(tiny_bundle, "reply-intent")
+    harm(broken := another("broken"))
+    for name in ("reply-intent", "new"):
+        with pytest.raises(error, match=re.escape(says)):
+            target.deploy(broken, name)
+    assert target.endpoints() == [one] and works(one)
+    assert not (target.folder / "new").exists()
+    assert [p.name for p in (target.folder / "reply-intent").iterdir() if p.is_dir()] == [one.release[7:23]]
+
+
+def test_a_release_that_fails_only_in_place_gives_the_place_back(
+    target: LocalTarget, tiny_bundle: Path, another: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = target.deploy(tiny_bundle, "reply-intent"), another("2")
+    checked = LocalTarget._check
+
+    def check_then_break(self: LocalTarget, copy: Path, *rest: Any) -> None:
+        checked(self, copy, *rest)
+        (copy / "golden.jsonl").write_text("")
+
+    monkeypatch.setattr(LocalTarget, "_check", check_then_break)
+    with pytest.raises(RuntimeError, match=r"(?s)ended before it was ready.*changed: golden.jsonl"):
+        target.deploy(two, "reply-intent")
+    again = target.endpoints()[0]
+    assert (again.release, again.port, again.status) == (one.release, one.port, "running") and works(again)
+
+
+def test_a_dead_process_is_listed_as_dead_and_can_be_replaced(target: LocalTarget, tiny_bundle: Path) -> None:
+    one = target.deploy(tiny_bundle, "reply-intent")
+    os.kill(one.pid, signal.SIGKILL)
+    while target.endpoints()[0].status == "running":
+        time.sleep(0.02)
+    assert target.endpoints()[0].status == "dead"
+    two = target.deploy(tiny_bundle, "reply-intent")
+    assert two.port == one.port and two.pid != one.pid and target.endpoints() == [two]
+
+
+def test_a_hung_process_is_dead_and_is_killed_for_its_port(
+    target: LocalTarget, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(targets, "_stop", partial(targets._stop, timeout_s=0.5))
+    one = target.deploy(tiny_bundle, "reply-intent")
+    os.kill(one.pid, signal.SIGSTOP)
+    assert target.endpoints()[0].status == "dead"
+    two = target.deploy(tiny_bundle, "reply-intent")
+    assert two.port == one.port and two.pid != one.pid and target.endpoints() == [two]
+
+
+def test_somebody_elses_process_is_neither_believed_nor_killed(target: LocalTarget, tiny_bundle: Path) -> None:
+    one = target.deploy(tiny_bundle, "reply-intent")
+    state = target.folder / "reply-intent.json"
+    saved = read_json(state)
+    stranger = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        write_json(state, {**saved, "pid": stranger.pid})
+        assert target.endpoints()[0].status == "dead"
+        with pytest.raises(RuntimeError, match="used by another program"):
+            target.deploy(tiny_bundle, "reply-intent")
+        assert stranger.poll() is None
+    finally:
+        write_json(state, saved)
+        stranger.kill()
+        stranger.communicate()
+    assert target.endpoints() == [one]
+
+
+def test_two_deployments_at_a_time_take_turns(target: LocalTarget, tiny_bundle: Path, another: Callable[[str], Path]) -> None:
+    failures: list[BaseException] = []
+
+    def deploy(bundle: Path, name: str) -> None:
+        try:
+            target.deploy(bundle, name)
+        except BaseException as e:  # a thread's error must reach the test
+            failures.append(e)
+
+    jobs = [(tiny_bundle, "a"), (another("2"), "a"), (another("3"), "b")]
+    threads = [threading.Thread(target=deploy, args=job) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    a, b = target.endpoints()
+    assert (a.status, b.status) == ("running", "running") and a.port != b.port and works(a) and works(b)
+
+
+def test_a_port_in_use_is_an_error_before_anything_starts(target: LocalTarget, tiny_bundle: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(RuntimeError, match="is in use"):
+            target.deploy(tiny_bundle, "reply-intent", port=taken.getsockname()[1])
+    assert target.endpoints() == []
