@@ -21,7 +21,7 @@ HELD_BACK = ("suppressed", "abstained")
 
 # %% auto #0
 __all__ = ['Record', 'HELD_BACK', 'to_record', 'Params', 'Filter', 'reason_counts', 'Automatic', 'CurrentReply', 'TooLong',
-           'MapLabels', 'ConfidenceFloor', 'uuid7', 'Stamp']
+           'view_texts', 'MapLabels', 'ConfidenceFloor', 'uuid7', 'Stamp']
 
 # %% ../../nbs/lib/10_filters.ipynb #b334dbf2
 def to_record(
@@ -177,6 +177,14 @@ class TooLong(Filter):
 
     def apply(self, record: Record) -> Record:
         return self.hold(record, "abstained", "too_long") if len(record["text"]) > self.max_characters else record
+
+# %% ../../nbs/lib/10_filters.ipynb #58860460
+def view_texts(
+    rows: Iterable[Any],   # n messages, as `to_record` takes them
+    view: str = "reply",   # 'reply' or 'thread'
+) -> list[str]:            # n texts; empty where nothing was left
+    "What the classifier reads of each message."
+    return [r["text"] if r["reason"] != "empty" else "" for r in CurrentReply(view=view).transform([to_record(x, n) for n, x in enumerate(rows)])]
 
 # %% ../../nbs/lib/10_filters.ipynb #2480fbb1
 class MapLabels(Filter):

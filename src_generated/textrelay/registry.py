@@ -12,7 +12,7 @@ from .exchange import store
 # %% auto #0
 __all__ = ['Entry', 'register', 'entries', 'champion', 'promote']
 
-# %% ../../nbs/lib/31_registry.ipynb #51a67d29
+# %% ../../nbs/lib/31_registry.ipynb #3469a1b9
 @dataclass(frozen=True)
 class Entry:
     "One version of a registered model."
@@ -20,12 +20,12 @@ class Entry:
     name: str      # registered model
     version: str   # '1', '2', ...
     release: str   # digest of the sealed bundle
-    run_id: str    # the wrap stage's run, whose artifacts hold the bundle
+    run_id: str    # the wrap stage's run
 
     @property
-    def bundle_uri(self) -> str:
-        "Where the bundle can be downloaded from."
-        return f"runs:/{self.run_id}/bundle"
+    def uri(self) -> str:
+        "Where MLflow finds it; `flavor.model_folder` gives the bundle."
+        return f"models:/{self.name}/{self.version}"
 
 
 def register(
