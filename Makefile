@@ -28,7 +28,7 @@ quickstart: .venv/installed  ## train, test, wrap and deploy the example; prints
 
 test: check  ## everything that must hold, under 15 minutes
 	nbdev_test --n_workers 2 --path nbs/lib
-	pytest tests -m "not soak"
+	pytest tests
 
 check: .venv/installed  ## notebooks clean, export a no-op, style, types
 	python tests/check_notebooks.py

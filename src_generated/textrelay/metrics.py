@@ -107,7 +107,7 @@ def _problem(scores: Scores) -> str:
         return f"row {int(off.argmax()) + 1}: column 'ms' holds {scores.ms[off][0]:g}, expected at least 0"
     return ""
 
-# %% ../../nbs/lib/11_metrics.ipynb #02840303
+# %% ../../nbs/lib/11_metrics.ipynb #43219d92
 def write_scores(
     path: str | Path,  # a .csv
     scores: Scores,
@@ -117,10 +117,10 @@ def write_scores(
         return "" if np.isnan(value) else repr(float(value))
 
     rows: list[dict[str, str]] = []
-    for n, name in enumerate(scores.ids):
+    for n, (name, predicted) in enumerate(zip(scores.ids, scores.predicted, strict=True)):
         P = {f"p.{c}": text(p) for c, p in zip(scores.classes, scores.P[n], strict=True)}
         rows.append({
-            "id": name, "label": str(scores.y[n]), **P, "status": scores.status[n], "reason": scores.reason[n] or "",
+            "id": name, "label": str(scores.y[n]), "predicted": str(predicted), **P, "status": scores.status[n], "reason": scores.reason[n] or "",
             "ms": text(scores.ms[n]), "dataset": scores.dataset, "model": scores.model,
         })
     return write_table(path, rows)

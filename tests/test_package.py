@@ -1,0 +1,73 @@
+"The package as strangers get it: installed bare, it imports for nothing and serves a saved model."
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+import venv
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+HEAVY = ("torch", "transformers", "mlflow", "papermill", "boto3", "sagemaker", "pandas", "sklearn", "nbdev", "fastcore")
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory) -> Path:
+    "Python of a new environment with `pip install .` and nothing else."
+    folder = tmp_path_factory.mktemp("bare")
+    venv.create(folder, with_pip=True)
+    python = folder / "bin/python"
+    # From a copy: pip builds in place and would leave its egg-info and build folders in the checkout.
+    copy = folder / "source"
+    subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", str(ROOT), str(copy)], check=True)
+    subprocess.run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", str(copy)], check=True)
+    return python
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    from textrelay.classifier import TransformerClassifier, tiny_model
+    from textrelay.filters import Automatic, CurrentReply, Stamp
+    from textrelay.model import Model
+
+    folder = tmp_path_factory.mktemp("model")
+    clf = TransformerClassifier(tiny_model(folder / "tiny"), epochs=1, threads=1, quiet=True)
+    clf.fit(["yes call", "no budget", "stop remove"] * 4, ["positive", "objection", "unsubscribe"] * 4)
+    return Model(clf, before=[Automatic(), CurrentReply()], after=[Stamp()], name="demo").save(folder / "model")
+
+
+def test_importing_costs_nothing():
+    code = "import sys; before = set(sys.modules); import textrelay; print(len(set(sys.modules) - before))"
+    assert int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) <= 2
+
+
+def test_a_bare_installation_serves_a_saved_model(bare, model):
+    installed = subprocess.run([str(bare), "-m", "pip", "list", "--format=json"], capture_output=True, text=True, check=True).stdout
+    names = {p["name"].lower() for p in json.loads(installed)}
+    assert "textrelay" in names and not names & {"torch", "transformers", "mlflow", "papermill", "boto3", "sagemaker", "pandas", "scikit-learn", "nbdev", "fastcore"}
+    port = "18473"
+    server = subprocess.Popen([str(bare.parent / "textrelay"), "serve", str(model), "--port", port], stderr=subprocess.DEVNULL, env={"PATH": os.environ["PATH"]})
+    try:
+        for _ in range(200):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=1)
+                break
+            except OSError:
+                assert server.poll() is None, "the server ended"
+                time.sleep(0.1)
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/invocations", json.dumps({"text": "yes call"}).encode(), {"Content-Type": "application/json"})
+        answer = json.load(urllib.request.urlopen(request, timeout=10))
+    finally:
+        server.terminate()
+        assert server.wait(30) is not None
+    assert answer["predictions"][0]["status"] == "scored" and answer["model"]["name"] == "demo"
+
+
+def test_a_command_that_needs_an_extra_says_which(bare, tmp_path):
+    (tmp_path / "p.yaml").write_text("train: {}\n")
+    done = subprocess.run([str(bare.parent / "textrelay"), "run", str(tmp_path / "p.yaml")], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and "pip install 'textrelay[train,track]'" in done.stderr and "Traceback" not in done.stderr
