@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from conftest import ROOT
 
 STAGES = ("1_train", "2_test", "3_wrap", "4_deploy")

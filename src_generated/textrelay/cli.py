@@ -211,7 +211,7 @@ def _score(folder: Path, rows: list[dict[str, Any]], file: str, text: str, label
             Model.load(folder), items, [str(r[label]) for r in rows] if label else None, dataset=dataset or digest_file(file), digest=release, progress=bar.update,
         )
 
-# %% ../../nbs/lib/61_cli.ipynb #1e1e10d8
+# %% ../../nbs/lib/61_cli.ipynb #bae89932
 @main.command()
 @click.argument("path", type=click.Path(exists=True))
 @click.argument("name")
@@ -254,8 +254,8 @@ def ui(host: str, port: int) -> None:
     import os
     import subprocess
 
-    from textrelay.exchange import experiment, tracking_uri
     from textrelay.core import home
+    from textrelay.exchange import experiment, tracking_uri
 
     uri = tracking_uri()
     if uri.startswith("http"):

@@ -87,7 +87,7 @@ def current_run() -> str | None:
     active = mlflow.active_run()
     return active.info.run_id if active else os.environ.get("MLFLOW_RUN_ID")
 
-# %% ../../nbs/lib/03_exchange.ipynb #c7c903cd
+# %% ../../nbs/lib/03_exchange.ipynb #c1320c84
 @dataclass(frozen=True)
 class Publication:
     "One version of something published: `name@version` says which, `digest` what is in it."
@@ -168,7 +168,7 @@ def _record(client: MlflowClient, what: Publication, how: str) -> None:
 
     # MLflow's digest column holds 36 characters, so the whole digest goes into the source.
     entity = Entity(what.name, what.digest[7:39], "textrelay", f'{{"reference": "{what.reference}", "digest": "{what.digest}"}}')
-    for run_id in {current_run(), what.run_id if how == "published" else None} - {None}:
+    for run_id in filter(None, {current_run(), what.run_id if how == "published" else None}):
         client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", how)])])
 
 

@@ -47,7 +47,7 @@ def requirements(
         needs += [re.split(r"\s*;", r)[0] for r in metadata.requires("textrelay") or [] if re.search(r"extra == .train.", r)]
     return [f"textrelay=={metadata.version('textrelay')}", *sorted(needs)]
 
-# %% ../../nbs/lib/30_flavor.ipynb #9063f5b2
+# %% ../../nbs/lib/30_flavor.ipynb #fcd11374
 def save_model(
     model: Any,                           # a Model, a fitted TransformerClassifier (saved as a Model without filters), or the folder of a bundle
     path: str | Path,                     # new folder
@@ -64,10 +64,8 @@ def save_model(
     if metadata:
         entry.metadata = {**(entry.metadata or {}), **metadata}
     with tempfile.TemporaryDirectory() as scratch:
-        if isinstance(model, (str, Path)):
-            data = Path(model)
-        else:
-            data = (model if isinstance(model, Model) else Model(model)).save(Path(scratch) / "model", runtime=runtime)
+        given = model if isinstance(model, (Model, str, Path)) else Model(model)
+        data = given.save(Path(scratch) / "model", runtime=runtime) if isinstance(given, Model) else Path(given)
         saved = read_json(next(p for p in (data / "model.json", data / "model" / "model.json") if p.is_file()))
         engine = saved["engine"]
         entry.add_flavor(FLAVOR_NAME, data=f"data/{data.name}", engine=engine, classes=saved["classes"], filters=len(saved["before"]) + len(saved["after"]))

@@ -72,7 +72,7 @@ def text_to_mail(
     known = tuple((str(name), "" if value is None else str(value)) for name, value in pairs)
     return Mail(subject or next((value for name, value in known if name.lower() == "subject"), ""), text, headers=known)
 
-# %% ../../nbs/lib/01_mail.ipynb #ce563831
+# %% ../../nbs/lib/01_mail.ipynb #beff2820
 _SINGLE_BYTE = re.compile(r"(?i)(us-)?ascii|ansi.*|iso-?8859-?\d+|latin-?\d|(windows|cp)-?125\d|unknown.*|default|")
 
 
@@ -94,7 +94,7 @@ def _header_text(value: Any) -> str:
     raw = re.sub(r"\s*[\r\n]+\s*", " ", str(value))
     try:
         chunks = decode_header(raw)
-    except Exception:  # noqa: BLE001 - a broken RFC 2047 word; the standard library raises several kinds
+    except Exception:  #a broken RFC 2047 word; the standard library raises several kinds
         chunks = [(raw, None)]
     text = "".join(
         _decode(chunk.encode("utf-8", "surrogateescape") if isinstance(chunk, str) else chunk, charset or "")
@@ -177,7 +177,7 @@ def _text_lines(root: Any) -> Iterator[str]:
     if line.strip():
         yield line.strip()
 
-# %% ../../nbs/lib/01_mail.ipynb #abef916b
+# %% ../../nbs/lib/01_mail.ipynb #d66d3be8
 _MAX_PARTS = 200  # more is an attack or a broken mailer
 
 
@@ -197,7 +197,7 @@ def _part_text(part: Message) -> str:
         return ""
     try:
         charset = part.get_content_charset() or ""
-    except Exception:  # noqa: BLE001 - RFC 2231 parameters that do not decode
+    except Exception:  #RFC 2231 parameters that do not decode
         charset = ""
     return _decode(payload, charset).replace("\r\n", "\n").replace("\r", "\n")
 
@@ -213,7 +213,7 @@ def parse_mail(
     defects: list[str] = []
     try:
         message = message_from_bytes(data)
-    except Exception as error:  # noqa: BLE001 - RecursionError on deep nesting; odd boundaries raise other kinds
+    except Exception as error:  #RecursionError on deep nesting; odd boundaries raise other kinds
         defects.append(f"parser:{type(error).__name__}")
         message = BytesHeaderParser().parsebytes(data[:100_000])
         del message["Content-Type"], message["Content-Transfer-Encoding"]
@@ -227,7 +227,7 @@ def parse_mail(
             if kind not in ("text/plain", "text/html") or part.get_content_disposition() == "attachment":
                 continue
             (plain if kind == "text/plain" else html).append(_part_text(part))
-    except Exception as error:  # noqa: BLE001 - a part that is beyond reading must not cost the others
+    except Exception as error:  #a part that is beyond reading must not cost the others
         defects.append(f"body:{type(error).__name__}")
     headers = tuple((_header_text(name), _header_text(value)) for name, value in message.raw_items())
     source = "\n".join(html) or None
@@ -248,7 +248,7 @@ def cut_with_quotequail(
     found = quotequail.unwrap(text) if len(text) <= _LIBRARY_LIMIT else None
     return "\n\n".join(found[key] for key in ("text_top", "text_bottom") if found.get(key)) if found else text
 
-# %% ../../nbs/lib/01_mail.ipynb #0d6c2791
+# %% ../../nbs/lib/01_mail.ipynb #60fc76c3
 _DATE = re.compile(r"(?i)\b(?:19|20)\d\d(?:\b|[年년])|\b\d{1,2}[./-]\d{1,2}[./-]\d{2,4}\b")
 _CLOCK_AFTER_LEAD = re.compile(r"(?i)(?:on|am|le|el|il|em|op|den|dne|dnia|w dniu|pe|ma|ti|ke|to|la|su|vào)\b.*\b\d{1,2}[:.h]\d\d\b")
 _WROTE = re.compile(
@@ -340,7 +340,7 @@ def _begins_header_block(lines: list[str], place: int) -> bool:
 
 def _own_lines(lines: list[str], follows_text: bool = False) -> list[str]:
     own: list[str] = []
-    for before, line, after in zip([""] + lines, lines, lines[1:] + [""]):
+    for before, line, after in zip(["", *lines], lines, [*lines[1:], ""], strict=False):
         is_wrapped_quote = _is_quoted(before) and len(before) >= 60 and _is_quoted(after)  # a quoted line that was wrapped once more
         if _SIGNATURE.match(line) and (follows_text or any(row.strip() for row in own)):
             break

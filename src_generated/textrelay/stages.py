@@ -232,7 +232,7 @@ class Stage:
             mlflow.end_run()
         print(f"{self.name}: {outcome}")
 
-# %% ../../nbs/lib/60_stages.ipynb #2a370c6e
+# %% ../../nbs/lib/60_stages.ipynb #f0f3a19d
 def notebook_of(
     stage: str,  # one of STAGES
     root: Path,  # the project's top folder
@@ -375,8 +375,8 @@ def _execute(notebook: Path, executed: Path, values: Params, run_id: str, folder
 def _watched(work: Any, notebook: Path, executed: Path) -> str | None:
     """What went wrong while a notebook ran, or None.
 
-    papermill runs in a thread of its own: in the main thread nbclient swallows Ctrl-C and SIGTERM and reports a dead kernel. Here they arrive, and are passed on to the kernel, so that
-    the notebook itself shows the line at which it was stopped."""
+    papermill runs in a thread of its own: in the main thread nbclient swallows Ctrl-C and SIGTERM and reports a dead kernel.
+    Here they arrive, and are passed on to the kernel, so that the notebook itself shows the line at which it was stopped."""
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
@@ -441,7 +441,7 @@ def _code_cell(executed: Path, index: int) -> int:
     cells = [c for c in nbformat.read(executed, as_version=4).cells if not has(c, "papermill-error-cell-tag")][: index + 1]
     return sum(c.cell_type == "code" and not has(c, "injected-parameters", "parameters-check") for c in cells)
 
-# %% ../../nbs/lib/60_stages.ipynb #19ee72e0
+# %% ../../nbs/lib/60_stages.ipynb #25197d54
 @dataclass(frozen=True)
 class Chain:
     "What a chain of stages ended with."
@@ -537,7 +537,7 @@ def _open_chain(path: Path, wanted: dict[str, Params], from_run: str | None, roo
 
 def _check_before(client: Any, run_id: str, stage: str, wanted: dict[str, Params], root: Path, path: Path) -> None:
     notebook = notebook_of(stage, root)
-    placeholders = {s: {} for s in STAGES[: STAGES.index(stage)]}
+    placeholders: dict[str, Params] = {s: {} for s in STAGES[: STAGES.index(stage)]}
     try:
         effective(notebook, _with_results(stage, wanted, placeholders, root), f"{path}: {stage}")
     except ValueError:
