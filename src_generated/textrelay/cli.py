@@ -211,7 +211,7 @@ def _score(folder: Path, rows: list[dict[str, Any]], file: str, text: str, label
             Model.load(folder), items, [str(r[label]) for r in rows] if label else None, dataset=dataset or digest_file(file), digest=release, progress=bar.update,
         )
 
-# %% ../../nbs/lib/61_cli.ipynb #bae89932
+# %% ../../nbs/lib/61_cli.ipynb #237f3ed4
 @main.command()
 @click.argument("path", type=click.Path(exists=True))
 @click.argument("name")
@@ -268,5 +268,5 @@ def ui(host: str, port: int) -> None:
         subprocess.run([*command, "--host", host, "--port", str(port)], check=True, env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"})
 
 
-if __name__ == "__main__" and __spec__:  # run as a module, not opened as a notebook
+if __name__ == "__main__" and sys.argv[0].endswith("cli.py"):  # python -m textrelay.cli; not a notebook that is being run or tested
     main()
