@@ -104,17 +104,17 @@ class Place:
             self.stored[path] = path.read_bytes()
         return next(iter(self.stored))
 
-    def textrelay(self, *args: str, stop: signal.Signals | None = None) -> Outcome:
-        "Run a command; with `stop`, send that signal to it once a cell of its notebook sleeps."
+    def textrelay(self, *args: str, stop: signal.Signals | None = None, once: Path | None = None) -> Outcome:
+        "Run a command; with `stop`, send it that signal once a file is there, or a cell of its notebook sleeps."
         before = set(self.project.rglob("*"))
         command, pipes = [sys.executable, "-m", "textrelay.cli", *args], {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         began, started = time.time(), time.monotonic()
         runner = subprocess.Popen(command, cwd=self.project, env=self.env, **pipes, text=True, start_new_session=True)
         try:
             if stop:
-                while not self.asleep.exists():
-                    assert runner.poll() is None and time.monotonic() < started + LIMIT_S, runner.communicate(timeout=5)[1]
-                    time.sleep(0.1)
+                while not (once or self.asleep).exists():
+                    assert runner.poll() is None and time.monotonic() < started + LIMIT_S, "it never got that far"
+                    time.sleep(0.02)
                 started = time.monotonic()
                 runner.send_signal(stop)  # to the runner alone, as a scheduler does
             out, err = runner.communicate(timeout=LIMIT_S)
@@ -377,6 +377,15 @@ def test_the_next_run_just_works(played: dict[str, Any], group: str, monkeypatch
     good = outcomes["good"]
     assert good.code == 0 and "train PASS" in good.out and "error" not in good.err, good.err
     assert {r.info.status for r in runs_of(good)} == {"FINISHED"} and good.left == []
+
+
+def test_a_kill_while_the_store_is_made_leaves_a_whole_store_and_no_open_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Place(tmp_path)
+    look_at(place, monkeypatch)
+    killed = place.textrelay("run", "params.yaml", stop=signal.SIGTERM, once=place.state / "mlflow.db")
+    assert (killed.code, killed.err, killed.left) == (1, "interrupted\n", []) and killed.took < STOP_S
+    chain, = runs_of(killed)
+    assert chain.info.status == chain.data.tags["textrelay.verdict"] == "FAILED"
 
 
 def test_a_refused_gate_ends_with_3_and_goes_on_once_its_rule_is_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
