@@ -64,7 +64,7 @@ def _read_params(path: Path, seen: tuple[Path, ...]) -> dict[str, Params]:
         merged[stage] = {**merged.get(stage, {}), **values}
     return merged
 
-# %% ../../nbs/lib/60_stages.ipynb #38e25676
+# %% ../../nbs/lib/60_stages.ipynb #edce5d6a
 def declared(
     notebook: str | Path,  # a stage notebook
 ) -> Params:               # parameter -> default; Ellipsis where it must be given
@@ -76,7 +76,8 @@ def declared(
         raise ValueError(f"{path.name}: {len(tagged)} cells are tagged 'parameters', expected exactly one; "
                          "tag the cell with the defaults (JupyterLab: property inspector, 'Add tag')")
     defaults: Params = {}
-    for statement in ast.parse(cells[tagged[0]].source).body:
+    trees = [_parsed(path, n, c.source) for n, c in enumerate(cells, 1)]
+    for statement in trees[tagged[0]].body:
         target = statement.targets[0] if isinstance(statement, ast.Assign) else getattr(statement, "target", None)
         value = getattr(statement, "value", None)
         if not isinstance(statement, (ast.Assign, ast.AnnAssign)) or not isinstance(target, ast.Name) or value is None:
@@ -85,15 +86,22 @@ def declared(
             defaults[target.id] = ast.literal_eval(value)
         except ValueError:
             raise ValueError(f"{path.name}: the default of {target.id!r} is computed; write a plain value, or ... if it must be given") from None
-    for n, cell in enumerate(cells):
-        if n > tagged[0] and (again := sorted(_assigned(cell.source) & set(defaults))):
+    for n, tree in enumerate(trees):
+        if n > tagged[0] and (again := sorted(_assigned(tree) & set(defaults))):
             raise ValueError(f"{path.name}: code cell {n + 1} assigns the parameters {again} again, so what was asked for would be ignored; use other names")
     return defaults
 
 
-def _assigned(source: str) -> set[str]:
-    "Names that a cell binds at its top level, magics left out."
-    tree = ast.parse("\n".join("" if re.match(r"\s*[%!]", line) else line for line in source.splitlines()))
+def _parsed(path: Path, number: int, source: str) -> ast.Module:
+    "A code cell, magics left out."
+    try:
+        return ast.parse("\n".join("" if re.match(r"\s*[%!]", line) else line for line in source.splitlines()))
+    except SyntaxError as e:
+        raise ValueError(f"{path.name}: code cell {number}, line {e.lineno} is not Python: {e.msg}") from None
+
+
+def _assigned(tree: ast.Module) -> set[str]:
+    "Names that a cell binds at its top level."
     names: set[str] = set()
     waiting: list[ast.AST] = list(tree.body)
     while waiting:
