@@ -64,7 +64,7 @@ def _read_params(path: Path, seen: tuple[Path, ...]) -> dict[str, Params]:
         merged[stage] = {**merged.get(stage, {}), **values}
     return merged
 
-# %% ../../nbs/lib/60_stages.ipynb #edce5d6a
+# %% ../../nbs/lib/60_stages.ipynb #811022a8
 def declared(
     notebook: str | Path,  # a stage notebook
 ) -> Params:               # parameter -> default; Ellipsis where it must be given
@@ -97,7 +97,7 @@ def _parsed(path: Path, number: int, source: str) -> ast.Module:
     try:
         return ast.parse("\n".join("" if re.match(r"\s*[%!]", line) else line for line in source.splitlines()))
     except SyntaxError as e:
-        raise ValueError(f"{path.name}: code cell {number}, line {e.lineno} is not Python: {e.msg}") from None
+        raise ValueError(f"{path.name}: code cell {number} is not Python (line {e.lineno}: {e.msg})") from None
 
 
 def _assigned(tree: ast.Module) -> set[str]:
