@@ -6,7 +6,7 @@ BIN := .venv/bin
 export MLFLOW_DISABLE_TELEMETRY := true
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install quickstart test check soak bench lab clean
+.PHONY: help install quickstart test check soak lab clean
 
 help:  ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -36,9 +36,6 @@ check: .venv/installed  ## notebooks clean, export a no-op, style, types
 
 soak: .venv/installed  ## what is too long for make test: training on all of the real data
 	pytest tests -m soak -s
-
-bench: .venv/installed  ## timings as ratios against the named peers
-	python benchmarks/run.py
 
 lab: .venv/installed  ## JupyterLab on the notebooks; git diffs of them by nbdime, merges by nbdev
 	nbdev_install_hooks > /dev/null
