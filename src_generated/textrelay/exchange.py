@@ -27,7 +27,7 @@ Record = dict[str, Any]  # one row of a table
 
 # %% auto #0
 __all__ = ['Record', 'EXPERIMENT', 'PUBLICATIONS', 'KINDS', 'SPLITS', 'tracking_uri', 'store', 'experiment', 'current_run',
-           'Publication', 'publish', 'publications', 'resolve', 'consume', 'obtain', 'Dataset', 'load_dataset']
+           'Publication', 'publish', 'publications', 'resolve', 'consume', 'Dataset', 'load_dataset', 'obtain']
 
 # %% ../../nbs/lib/03_exchange.ipynb #5759a04d
 EXPERIMENT = "textrelay"            # chains; its runs nest: one parent, four stages
@@ -183,7 +183,7 @@ def publications(
         key=lambda p: (p.name, -int(p.version)),
     )
 
-# %% ../../nbs/lib/03_exchange.ipynb #411cf78e
+# %% ../../nbs/lib/03_exchange.ipynb #e15175d1
 def resolve(
     reference: str,  # 'name@version', 'name@latest', 'name@alias' or 'name@sha256:...'; 'sha256:...' alone finds any name
 ) -> Publication:    # which publication that is
@@ -229,21 +229,6 @@ def consume(
     with atomic_folder(into) as temporary:
         shutil.copytree(path, temporary, dirs_exist_ok=True)
     return Path(into)
-
-
-def obtain(
-    dataset: str,       # a path, or a reference such as name@version
-    name: str = "",     # what to publish a path as; the file's or folder's name if empty
-) -> tuple[Publication, Path]:  # which publication it is, and its folder
-    "A data set by path or reference. A path is published first, so that every model names a version that can be had again."
-    path = Path(dataset)
-    if path.exists():
-        done = publish(path, name or path.stem)
-        return done, consume(done.reference)
-    if "@" not in dataset and not dataset.startswith("sha256:"):
-        raise FileNotFoundError(f"dataset {dataset!r}: no such file or folder below {Path.cwd()}; a published one is named name@version")
-    done = resolve(dataset)
-    return done, consume(dataset)
 
 
 def _fetch(client: MlflowClient, what: Publication) -> Path:
@@ -426,3 +411,20 @@ def _check_labels(path: Path, data: Dataset) -> None:
     for split in ("validation", "test"):
         if unknown := sorted(set(data.y(split)) - set(data.labels)):
             raise ValueError(f"{path}: the {split} part has labels that training never sees: {unknown}; training has {data.labels}")
+
+# %% ../../nbs/lib/03_exchange.ipynb #0bf803c2
+def obtain(
+    dataset: str,       # a path, or a reference such as name@version
+    name: str = "",     # what to publish a path as; the file's or folder's name if empty
+    **how: Any,         # as for `load_dataset`: text, label, group, split_seed, fractions
+) -> tuple[Publication, Path]:  # which publication it is, and its folder
+    "A data set by path or reference. A path is checked, then published, so that every model names a version that can be had again."
+    path = Path(dataset)
+    if path.exists():
+        load_dataset(path, **how)
+        done = publish(path, name or path.stem)
+        return done, consume(done.reference)
+    if "@" not in dataset and not dataset.startswith("sha256:"):
+        raise FileNotFoundError(f"dataset {dataset!r}: no such file or folder below {Path.cwd()}; a published one is named name@version")
+    done = resolve(dataset)
+    return done, consume(dataset)

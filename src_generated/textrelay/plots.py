@@ -232,7 +232,7 @@ def latency(
     _name(ax, f"95 % of {times.size} requests were answered within {p95:.1f} ms", "milliseconds", "requests")
     return figure
 
-# %% ../../nbs/lib/13_plots.ipynb #d9ae3351
+# %% ../../nbs/lib/13_plots.ipynb #f0905489
 def metric_bars(
     models: Mapping[str, Mapping[str, float]],  # name -> metrics with .low and .high where known
     metric: str = "f1_macro",
@@ -242,7 +242,7 @@ def metric_bars(
         raise ValueError(f"metric_bars: no {metric!r} for {lacking}" if models else "metric_bars: no models")
     names = list(models)[::-1]
     value, low, high = (np.array([models[n].get(f"{metric}{end}", models[n][metric]) for n in names]) for end in ("", ".low", ".high"))
-    figure, ax = _figure(6.4, 1.2 + 0.45 * len(models))
+    figure, ax = _figure(6.4, 1.4 + 0.45 * len(models))
     whiskers = [np.maximum(value - low, 0), np.maximum(high - value, 0)]
     colours = [BLUE if n == names[-1] else GREY for n in names]
     ax.barh([_short(n) for n in names], value, color=colours, xerr=whiskers, capsize=4, height=0.6)
@@ -251,7 +251,7 @@ def metric_bars(
     ax.set_xlim(0, max(1.08 if metric.split(".")[0] in SHARES else 0, 1.15 * float(high.max())))
     order = np.argsort(value if lower_is_better(metric) else -value, kind="stable")
     gap = float(value[order[0]] - value[order[1]]) if len(names) > 1 else None
-    rest = f", {gap:+.3g} against {_short(names[order[1]])}" if gap else ""
+    rest = f",\n{gap:+.3g} against {_short(names[order[1]])}" if gap else ""
     title = "No difference" if gap == 0 else f"Best: {_short(names[order[0]])}{rest}"
     _name(ax, title, metric.replace("_", " ") + (" (milliseconds)" if metric.startswith("ms.") else ""), "")
     return figure
