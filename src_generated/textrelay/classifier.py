@@ -132,7 +132,7 @@ def _texts(X: Iterable[Any]) -> list[str]:
             raise ValueError(f"X: row {n} is {type(text).__name__}, expected text")
     return texts
 
-# %% ../../nbs/lib/20_classifier.ipynb #18f02c0a
+# %% ../../nbs/lib/20_classifier.ipynb #82f0febc
 CURVES = {"loss": "loss", "eval_loss": "validation_loss", "eval_f1_macro": "validation_f1_macro", "eval_accuracy": "validation_accuracy"}
 
 
@@ -155,6 +155,28 @@ class _Progress(transformers.TrainerCallback):
         print(f"epoch {row.pop('epoch'):g}/{args.num_train_epochs:g}: " + ", ".join(f"{k} {v:.4f}" for k, v in row.items()), file=sys.stderr, flush=True)
 
 
+class _Trainer(transformers.Trainer):
+    head_learning_rate: float | None = None
+
+    def create_optimizer(self, *args: Any) -> Any:
+        "The Trainer's optimizer; head and pooler in groups of their own if they have a rate of their own."
+        optimizer = super().create_optimizer(*args)
+        if self.head_learning_rate is not None:
+            inside = self.model.base_model_prefix + "."
+            head = {id(p) for name, p in self.model.named_parameters() if not name.startswith(inside) or name.startswith(inside + "pooler.")}
+            for group in list(optimizer.param_groups):
+                faster = [p for p in group["params"] if id(p) in head]
+                group["params"] = [p for p in group["params"] if id(p) not in head]
+                optimizer.add_param_group({**group, "params": faster, "lr": self.head_learning_rate})
+        return optimizer
+
+
+def _by_length(texts: list[str], indices: np.ndarray) -> tuple[list[str], np.ndarray]:
+    "Short rows first: a batch is as long as its longest row."
+    order = sorted(range(len(texts)), key=lambda n: len(texts[n]))
+    return [texts[n] for n in order], indices[order]
+
+
 class _Rows(torch.utils.data.Dataset):
     def __init__(self, encodings: list[dict[str, Any]]) -> None:
         self.encodings = encodings
@@ -165,7 +187,7 @@ class _Rows(torch.utils.data.Dataset):
     def __getitem__(self, n: int) -> dict[str, Any]:
         return self.encodings[n]
 
-# %% ../../nbs/lib/20_classifier.ipynb #f818eb34
+# %% ../../nbs/lib/20_classifier.ipynb #ce219cc2
 class TransformerClassifier(ClassifierMixin, BaseEstimator):
     "A transformer with a classification head, fine-tuned on texts; scikit-learn's interface, Hugging Face's models and Trainer."
 
@@ -179,6 +201,7 @@ class TransformerClassifier(ClassifierMixin, BaseEstimator):
         epochs: int = 3,               # at most; fewer when the validation part stops improving
         batch_size: int = 16,          # rows a step
         learning_rate: float = 5e-5,   # peak; linear warm-up, then linear decay to 0
+        head_learning_rate: float | None = None,  # the same for the classification head and pooler, which know least; None: learning_rate
         warmup: float = 0.1,           # share of all steps in [0, 1)
         weight_decay: float = 0.01,    # AdamW (Loshchilov and Hutter 2019)
         dropout: float | None = None,  # probability in [0, 1) of every dropout layer; None: as the model was made. 0 trains faster on a processor
@@ -196,6 +219,7 @@ class TransformerClassifier(ClassifierMixin, BaseEstimator):
         self.epochs = epochs
         self.batch_size = batch_size
         self.learning_rate = learning_rate
+        self.head_learning_rate = head_learning_rate
         self.warmup = warmup
         self.weight_decay = weight_decay
         self.dropout = dropout
@@ -244,9 +268,10 @@ class TransformerClassifier(ClassifierMixin, BaseEstimator):
             self.tokenizer_ = transformers.AutoTokenizer.from_pretrained(folder)
             names = {} if labels is None else {"num_labels": len(labels), "id2label": dict(enumerate(labels)),
                                                "label2id": {name: n for n, name in enumerate(labels)}}
-            # Eager attention is what the ONNX exporter knows for every family, so it is what is trained and scored, too.
+            # Eager attention is what the ONNX exporter knows for every family, so it scores, too; training takes the fastest that the model has.
             self.network_ = transformers.AutoModelForSequenceClassification.from_pretrained(
-                folder, use_safetensors=True, attn_implementation="eager", dtype=torch.float32, ignore_mismatched_sizes=labels is not None, **names
+                folder, use_safetensors=True, attn_implementation=None if labels else "eager", dtype=torch.float32,
+                ignore_mismatched_sizes=labels is not None, **names
             ).eval()
 
     @contextmanager
@@ -278,24 +303,26 @@ class TransformerClassifier(ClassifierMixin, BaseEstimator):
             save_only_model=self.checkpoints is None, load_best_model_at_end=held_out is not None, metric_for_best_model="f1_macro",
             report_to="none", disable_tqdm=True, dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available(),
         )
-        trainer = transformers.Trainer(
-            model=self.network_, args=args, train_dataset=self._rows(*train), eval_dataset=self._rows(*held_out) if held_out else None,
+        trainer = _Trainer(
+            model=self.network_, args=args, train_dataset=self._rows(*train), eval_dataset=self._rows(*_by_length(*held_out)) if held_out else None,
             data_collator=transformers.DataCollatorWithPadding(self.tokenizer_), compute_metrics=_macro_f1,
             callbacks=callbacks,
         )
+        trainer.head_learning_rate = self.head_learning_rate
         trainer.remove_callback(transformers.PrinterCallback)
         with _quiet_transformers():
             trainer.train(resume_from_checkpoint=transformers.trainer_utils.get_last_checkpoint(str(checkpoints)))
         self.history_ = _history(trainer.state.log_history)
         # Accelerate leaves its autocast around forward; scoring through it would be bfloat16 until the model is saved and loaded.
         self.network_ = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).float().cpu().eval()
+        self.network_.set_attn_implementation("eager")
 
     def _rows(self, texts: list[str], indices: np.ndarray) -> _Rows:
         encoded = self.tokenizer_(texts, truncation=True, max_length=self._length())
         return _Rows([{**{k: v[n] for k, v in encoded.items()}, "labels": int(i)} for n, i in enumerate(indices)])
 
     def _length(self) -> int:
-        return min(self.max_length, self.tokenizer_.model_max_length, getattr(self.network_.config, "max_position_embeddings", None) or 10**6)
+        return min(self.max_length, self.tokenizer_.model_max_length, _positions(self.network_))
 
     def predict_proba(
         self,
@@ -348,6 +375,14 @@ class TransformerClassifier(ClassifierMixin, BaseEstimator):
         clf.classes_, clf.history_ = np.array(saved["classes"]), saved["history"]
         clf._load(str(path))
         return clf
+
+
+def _positions(network: Any) -> int:  # word pieces
+    "How many word pieces a network has positions for. RoBERTa and its kin count from behind the padding index; XLNet's positions are relative, and it says -1."
+    limit = getattr(network.config, "max_position_embeddings", None) or 0
+    table = getattr(getattr(network.base_model, "embeddings", None), "position_embeddings", None)
+    offset = 0 if getattr(table, "padding_idx", None) is None else table.padding_idx + 1
+    return limit - offset if limit > 0 else 10**6
 
 
 def _macro_f1(prediction: Any) -> dict[str, float]:

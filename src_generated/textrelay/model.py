@@ -71,7 +71,7 @@ class Classify(Params):
         "Fit, then transform."
         return self.fit(X, y).transform(X)
 
-# %% ../../nbs/lib/22_model.ipynb #2994e86e
+# %% ../../nbs/lib/22_model.ipynb #c95d3377
 FORMAT = 1  # of model.json; a reader refuses what it does not know
 
 
@@ -268,7 +268,7 @@ def score_table(
     *,
     dataset: str,                        # digest of the data set
     digest: str,                         # digest of the model or bundle
-    batch: int = 16,                     # messages a call
+    batch: int = 64,                     # messages a call
     progress: Callable[[int], Any] | None = None,  # told how many rows were done
 ) -> Scores:                             # the table that gates read
     "Score messages into a table with true labels, probabilities, status, reason and time."

@@ -243,7 +243,7 @@ class Stage:
             mlflow.end_run()
         print(f"{self.name}: {outcome}")
 
-# %% ../../nbs/lib/60_stages.ipynb #342102f8
+# %% ../../nbs/lib/60_stages.ipynb #5f5a3436
 def notebook_of(
     stage: str,  # one of STAGES
     root: Path,  # the project's top folder
@@ -327,8 +327,8 @@ def _keep(client: Any, run_id: str, executed: Path, folder: Path) -> None:
 def _signals_noted() -> Iterator[threading.Event]:  # set once somebody asks to stop
     """Ctrl-C and SIGTERM are noted, not raised.
 
-    An exception at any line whatever would strike inside MLflow's transactions, too, and leave a locked database and an open run behind. Between stages and while a notebook runs
-    the note is looked at."""
+    An exception at any line whatever would strike inside MLflow's transactions, too, and leave a locked database and an open run behind.
+    Between stages and while a notebook runs the note is looked at."""
     asked = threading.Event()
     try:
         before = {s: signal.signal(s, lambda *_: asked.set()) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -391,8 +391,8 @@ def _execute(notebook: Path, executed: Path, values: Params, run_id: str, folder
 def _watched(work: Any, notebook: Path, executed: Path, stop: threading.Event) -> str | None:
     """What went wrong while a notebook ran, or None.
 
-    papermill runs in a thread of its own: in the main thread nbclient swallows Ctrl-C and SIGTERM and reports a dead kernel. Here they are passed on to the kernel, so that the notebook
-    itself shows the line at which it was stopped."""
+    papermill runs in a thread of its own: in the main thread nbclient swallows Ctrl-C and SIGTERM and reports a dead kernel.
+    Here they are passed on to the kernel, so that the notebook itself shows the line at which it was stopped."""
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
