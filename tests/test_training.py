@@ -51,7 +51,7 @@ def test_shuffled_rows_get_the_same_probabilities_from_either_engine(two_trainin
 
 @pytest.mark.soak
 def test_enron_three_seeds_on_two_splits(enron, state):
-    "Macro F1 at least 0.84 and 4 points over TF-IDF in the mean of six, each paired interval above zero."
+    "Macro F1 at least 0.84 and 4 points over TF-IDF in the mean of six, the paired interval of that mean above zero."
     env = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW")}
     done = subprocess.run([sys.executable, "-m", "textrelay.cli", "run", "params/enron.yaml", "--json", "--set", f"train.dataset={enron}"],
                           cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True, timeout=3000)
