@@ -1,7 +1,9 @@
 "The package as strangers get it: installed bare, it imports for nothing and serves a saved model."
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -72,3 +74,22 @@ def test_a_command_that_needs_an_extra_says_which(bare, tmp_path):
     (tmp_path / "p.yaml").write_text("train: {}\n")
     done = subprocess.run([str(bare.parent / "textrelay"), "run", str(tmp_path / "p.yaml")], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1 and "pip install 'textrelay[train,track]'" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_lines_of_readme_work_as_printed_outside_the_repository(tmp_path):
+    "But for the model's name: no hub is at hand in tests, so that a folder stands for it."
+    from textrelay.classifier import tiny_model
+
+    lines = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[1]
+    assert lines.count('"distilbert-base-uncased"') == 1 and lines.rstrip().endswith('.answer(["Sounds good, call me on Tuesday."])')
+    lines = lines.replace('"distilbert-base-uncased"', repr(tiny_model(tmp_path / "tiny")))
+    *before, last = lines.rstrip().split("\n")
+    program = ["texts, labels = ['yes call', 'no stop'] * 4, ['positive', 'unsubscribe'] * 4", *before, f"print({last})"]
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/lines.py").write_text("\n".join(program))
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW", "TEXTRELAY"))}
+    done = subprocess.run([sys.executable, "lines.py"], cwd=tmp_path / "elsewhere", env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    answer, = ast.literal_eval(done.stdout.strip().splitlines()[-1])
+    assert answer["status"] in ("scored", "abstained") and set(answer["scores"]) == {"positive", "unsubscribe"}
+    assert (tmp_path / "elsewhere/.textrelay/mlflow.db").is_file(), "the store is where the work was done"
