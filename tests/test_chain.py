@@ -2,9 +2,12 @@
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -153,3 +156,48 @@ def test_publish_and_consume_from_the_command_line(workplace, tmp_path):
     assert (tmp_path / "copy/words.csv").read_text() == "word\nyes\n"
     assert "words@1  vocabulary" in workplace.textrelay("consume").stdout
     assert "exists already" in workplace.textrelay("consume", "words@1", "--into", str(tmp_path / "copy"), code=1).stderr
+
+
+@pytest.fixture
+def lab(tmp_path):
+    "JupyterLab on a folder: its URL, and the folder."
+    (pages := tmp_path / "pages").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        port = s.getsockname()[1]
+    words = f"-m jupyterlab --no-browser --allow-root --port {port} --IdentityProvider.token=t --ServerApp.root_dir={pages} --LabApp.news_url=None"
+    env = {**os.environ, "JUPYTER_CONFIG_DIR": str(tmp_path / "config")}  # not the settings of whoever runs the test
+    with open(tmp_path / "log", "wb") as log:
+        server = subprocess.Popen([sys.executable, *words.split()], cwd=tmp_path, stdout=log, stderr=log, env=env)
+    try:
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/api/status?token=t", timeout=5)
+                break
+            except OSError:
+                assert server.poll() is None, (tmp_path / "log").read_text()[-2000:]
+                time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}", pages
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def test_jupyterlab_shows_a_library_notebook_and_an_executed_stage_with_its_plots(chain, lab, tmp_path):
+    if not (browser := shutil.which("chromium")):
+        pytest.skip("no chromium on PATH; the test looks at JupyterLab in a real browser (Debian: chromium)")
+    from mlflow.artifacts import download_artifacts
+    from PIL import Image
+
+    url, pages = lab
+    shutil.copy(ROOT / "nbs/lib/11_metrics.ipynb", pages)
+    shutil.copy(download_artifacts(run_id=chain["results"]["test"]["run_id"], artifact_path="notebook/2_test.ipynb"), pages)
+    expected = {"11_metrics.ipynb": (["Labels and probabilities of a set of rows", "class Scores"], 0), "2_test.ipynb": (["Where it errs", "macro F1"], 4)}
+    for name, (shown, plots) in expected.items():
+        look = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1300,6500",
+                "--virtual-time-budget=30000"]
+        page = f"{url}/lab/tree/{name}?token=t&reset"
+        dom = subprocess.run([*look, "--dump-dom", page], capture_output=True, text=True, timeout=120).stdout
+        assert all(text in dom for text in shown) and dom.count("<img src=\"data:image/png") >= plots, f"{name}: {len(dom)} characters"
+        subprocess.run([*look, f"--screenshot={tmp_path / 'seen.png'}", page], capture_output=True, timeout=120)
+        colours = Image.open(tmp_path / "seen.png").convert("RGB").getcolors(2**24)
+        assert len(colours) > 200 and max(n for n, _ in colours) < 0.97 * sum(n for n, _ in colours), f"{name}: an empty page"
