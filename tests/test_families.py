@@ -66,10 +66,10 @@ def fitted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(1)
     tokenizer = tokenizer_of(request.param, kind)
-    config = getattr(transformers, f"{request.param}Config")(**{**size, "vocab_size": max(size["vocab_size"], len(tokenizer))})
+    config = getattr(transformers, f"{request.param}Config")(**{**size, "vocab_size": max(size["vocab_size"], len(tokenizer)), "initializer_range": 0.3})
     getattr(transformers, f"{request.param}Model")(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return TransformerClassifier(str(folder), epochs=2, batch_size=2, learning_rate=1e-2, head_learning_rate=2e-2, quiet=True, threads=2).fit(TEXTS, LABELS)
+    return TransformerClassifier(str(folder), epochs=2, batch_size=2, learning_rate=1e-3, head_learning_rate=1e-2, quiet=True, threads=2).fit(TEXTS, LABELS)
 
 
 def test_a_fitted_family_tells_texts_apart_and_cuts_long_ones(fitted: Any) -> None:
@@ -108,6 +108,7 @@ def test_flavor_round_trip_native_pyfunc_and_alias(fitted: Any, state: Path) -> 
         assert np.abs(got - expected).max() < 1e-5
 
 
+@pytest.mark.soak  # a server a family: a minute and more
 def test_mlflow_models_serve(fitted: Any, tmp_path: Path) -> None:
     from textrelay import flavor
 
