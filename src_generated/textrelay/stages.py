@@ -243,7 +243,7 @@ class Stage:
             mlflow.end_run()
         print(f"{self.name}: {outcome}")
 
-# %% ../../nbs/lib/60_stages.ipynb #5f5a3436
+# %% ../../nbs/lib/60_stages.ipynb #d6858bcc
 def notebook_of(
     stage: str,  # one of STAGES
     root: Path,  # the project's top folder
@@ -376,6 +376,9 @@ def _execute(notebook: Path, executed: Path, values: Params, run_id: str, folder
         "MLFLOW_RUN_ID": run_id, FOLDER: str(folder), "MLFLOW_TRACKING_URI": tracking_uri(), "TEXTRELAY_HOME": str(home()),
         "JUPYTER_PREFER_ENV_PATH": "1",  # else somebody's own kernel called python3 would run another environment
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        # Fixed cache sizes, deterministic reductions, static scheduling (oneMKL's reproducible mode), so that
+        # the same seed gives the same weights; without, one chain in a few was off by the last bit. No slower.
+        "MKL_CBWR": os.environ.get("MKL_CBWR", "AUTO"),
     }
     with _environment(**kernel):
         return _watched(
