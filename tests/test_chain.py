@@ -3,16 +3,14 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, free_port, running
 
 STAGES = ("1_train", "2_test", "3_wrap", "4_deploy")
 
@@ -162,24 +160,11 @@ def test_publish_and_consume_from_the_command_line(workplace, tmp_path):
 def lab(tmp_path):
     "JupyterLab on a folder: its URL, and the folder."
     (pages := tmp_path / "pages").mkdir()
-    with socket.create_server(("127.0.0.1", 0)) as s:
-        port = s.getsockname()[1]
+    port = free_port()
     words = f"-m jupyterlab --no-browser --allow-root --port {port} --IdentityProvider.token=t --ServerApp.root_dir={pages} --LabApp.news_url=None"
     env = {**os.environ, "JUPYTER_CONFIG_DIR": str(tmp_path / "config")}  # not the settings of whoever runs the test
-    with open(tmp_path / "log", "wb") as log:
-        server = subprocess.Popen([sys.executable, *words.split()], cwd=tmp_path, stdout=log, stderr=log, env=env)
-    try:
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/api/status?token=t", timeout=5)
-                break
-            except OSError:
-                assert server.poll() is None, (tmp_path / "log").read_text()[-2000:]
-                time.sleep(0.2)
+    with running([sys.executable, *words.split()], f"http://127.0.0.1:{port}/api/status?token=t", tmp_path / "log", env):
         yield f"http://127.0.0.1:{port}", pages
-    finally:
-        server.terminate()
-        server.wait(30)
 
 
 def test_jupyterlab_shows_a_library_notebook_and_an_executed_stage_with_its_plots(chain, lab, tmp_path):

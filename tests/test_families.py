@@ -3,10 +3,7 @@
 import json
 import os
 import shutil
-import socket
-import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, free_port, running
 
 TEXTS = ["Sounds good, call me on Tuesday.", "Please take me off your list!", "no", "We are happy with what we have, thanks. " * 12, "", "Wer ist das? Ñandú 🦆"]
 LABELS = ["yes", "stop", "stop", "no", "no", "yes"]
@@ -113,40 +110,22 @@ def test_mlflow_models_serve(fitted: Any, tmp_path: Path) -> None:
     from textrelay import flavor
 
     flavor.save_model(fitted, tmp_path / "model")
-    with socket.create_server(("127.0.0.1", 0)) as s:
-        port = s.getsockname()[1]
+    port = free_port()
     words = f"-m mlflow models serve -m {tmp_path / 'model'} --env-manager local --host 127.0.0.1 --port {port} --workers 1".split()
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    with open(tmp_path / "log", "wb") as log:
-        server = subprocess.Popen([sys.executable, *words], env=env, stdout=log, stderr=log, start_new_session=True)
-    try:
+    with running([sys.executable, *words], f"http://127.0.0.1:{port}/ping", tmp_path / "log", env):
         body = json.dumps({"dataframe_split": {"columns": ["text"], "data": [[t] for t in TEXTS]}}).encode()
-        answers = _ask(f"http://127.0.0.1:{port}/invocations", body, tmp_path / "log")["predictions"]
-    finally:
-        os.killpg(server.pid, 15)
-        server.wait(20)
+        question = urllib.request.Request(f"http://127.0.0.1:{port}/invocations", body, {"Content-Type": "application/json"})
+        answers = json.load(urllib.request.urlopen(question, timeout=60))["predictions"]
     got = np.array([[a["scores"][c] for c in fitted.classes_] for a in answers])
     assert np.abs(got - fitted.predict_proba(TEXTS)).max() < 1e-5
-
-
-def _ask(url: str, body: bytes, log: Path, patience_s: float = 90) -> Any:
-    ends = time.monotonic() + patience_s
-    while True:
-        try:
-            with urllib.request.urlopen(urllib.request.Request(url, body, {"Content-Type": "application/json"}), timeout=30) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError as e:
-            raise AssertionError(f"{e.code}: {e.read()[:2000]!r}") from e
-        except OSError:
-            assert time.monotonic() < ends, log.read_text()[-3000:]
-            time.sleep(0.2)
 
 
 @pytest.fixture(scope="session")
 def spark(tmp_path_factory: pytest.TempPathFactory) -> Any:
     "A Spark of this machine alone: two workers in one Java process."
     if not shutil.which("java"):
-        pytest.skip("no java on PATH; Spark needs one (Debian: openjdk-17-jre-headless)")
+        pytest.skip("no java on PATH; Spark needs one (Debian: default-jre-headless)")
     from pyspark.sql import SparkSession
 
     os.environ["PYSPARK_PYTHON"] = os.environ["PYSPARK_DRIVER_PYTHON"] = sys.executable

@@ -6,14 +6,13 @@ import os
 import re
 import subprocess
 import sys
-import time
 import urllib.request
 import venv
 from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, free_port, running
 
 HEAVY = ("torch", "transformers", "mlflow", "papermill", "boto3", "sagemaker", "pandas", "sklearn", "nbdev", "fastcore")
 
@@ -48,25 +47,14 @@ def test_importing_costs_nothing():
     assert int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) <= 2
 
 
-def test_a_bare_installation_serves_a_saved_model(bare, model):
+def test_a_bare_installation_serves_a_saved_model(bare, model, tmp_path):
     installed = subprocess.run([str(bare), "-m", "pip", "list", "--format=json"], capture_output=True, text=True, check=True).stdout
     names = {p["name"].lower() for p in json.loads(installed)}
     assert "textrelay" in names and not names & {"torch", "transformers", "mlflow", "papermill", "boto3", "sagemaker", "pandas", "scikit-learn", "nbdev", "fastcore"}
-    port = "18473"
-    server = subprocess.Popen([str(bare.parent / "textrelay"), "serve", str(model), "--port", port], stderr=subprocess.DEVNULL, env={"PATH": os.environ["PATH"]})
-    try:
-        for _ in range(200):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=1)
-                break
-            except OSError:
-                assert server.poll() is None, "the server ended"
-                time.sleep(0.1)
+    command, port = [str(bare.parent / "textrelay"), "serve", str(model), "--port"], free_port()
+    with running([*command, str(port)], f"http://127.0.0.1:{port}/ping", tmp_path / "log", {"PATH": os.environ["PATH"]}):
         request = urllib.request.Request(f"http://127.0.0.1:{port}/invocations", json.dumps({"text": "yes call"}).encode(), {"Content-Type": "application/json"})
         answer = json.load(urllib.request.urlopen(request, timeout=10))
-    finally:
-        server.terminate()
-        assert server.wait(30) is not None
     assert answer["predictions"][0]["status"] == "scored" and answer["model"]["name"] == "demo"
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, free_port
 from textrelay.core import write_table
 
 WORDS = {"positive": "yes meet call next week", "objection": "no price budget we use", "unsubscribe": "stop remove who is this"}
@@ -121,9 +120,7 @@ def server(repo: Path) -> Iterator[str]:
     "URL of the repository as `git daemon` serves it."
     if not (Path(git(repo, "--exec-path")) / "git-daemon").is_file():
         pytest.skip("git has no daemon here (Debian's git package has it)")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     daemon = Path(git(repo, "--exec-path")) / "git-daemon"  # itself, not `git daemon`: the wrapper would leave it running
     serve = [str(daemon), f"--base-path={repo.parent}", "--export-all", "--listen=127.0.0.1", f"--port={port}", "--reuseaddr"]
     process = subprocess.Popen(serve, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -5,7 +5,6 @@ What one function does is tested under it, in nbs/lib/40_serving.ipynb and 50_ta
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import json
 import os
@@ -27,6 +26,7 @@ from typing import Any
 
 import pytest
 
+from conftest import free_port, running
 from textrelay import targets
 from textrelay.core import IntegrityError, digest_json, manifest, read_json, read_table, write_json, write_table
 from textrelay.targets import Endpoint, LocalTarget, request
@@ -80,31 +80,6 @@ def another(tiny_bundle: Path, tmp_path: Path) -> Callable[[str], Path]:
     return make
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-@contextlib.contextmanager
-def running(command: list[str], port: int, log: Path, **env: str) -> Iterator[subprocess.Popen[bytes]]:
-    "A server process that answers /ping."
-    with open(log, "wb") as out:
-        process = subprocess.Popen([sys.executable, *command], stdout=out, stderr=out, env={**os.environ, **env})
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-            with contextlib.suppress(OSError):
-                if ask(port, "GET", "/ping")[0] == 200:
-                    break
-            time.sleep(0.05)
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
 def ask(port: int, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, Any, Any]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     try:
@@ -123,7 +98,7 @@ def post(port: int, body: Any, content_type: str, **headers: str) -> tuple[int, 
 def server(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]:
     "Port and log of a real server, watched for what it imports."
     port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
-    with running(["-X", "importtime", "-m", "textrelay.serving", str(tiny_bundle), "--port", str(port)], port, log):
+    with running([sys.executable, "-X", "importtime", "-m", "textrelay.serving", str(tiny_bundle), "--port", str(port)], f"http://127.0.0.1:{port}/ping", log):
         yield port, log
 
 
@@ -235,7 +210,8 @@ def test_the_server_imports_nothing_that_made_the_model_and_logs_no_message(serv
 
 def test_sigterm_ends_the_server_after_what_it_has_begun(tiny_bundle: Path, tmp_path: Path) -> None:
     port = free_port()
-    with running(["-m", "textrelay.serving", str(tiny_bundle), "--port", str(port), "serve"], port, tmp_path / "log") as process:
+    command = [sys.executable, "-m", "textrelay.serving", str(tiny_bundle), "--port", str(port), "serve"]
+    with running(command, f"http://127.0.0.1:{port}/ping", tmp_path / "log") as process:
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) in (0, -signal.SIGTERM) and "Traceback" not in (tmp_path / "log").read_text()
 
@@ -270,8 +246,8 @@ def test_a_full_queue_answers_503_at_once_and_ping_goes_on(tiny_bundle: Path, tm
     saved["before"].append({"class": "privatefilters.Gate", "params": {"folder": str(tmp_path)}})
     write_json(tmp_path / "model" / "model.json", saved)
     port = free_port()
-    command = [str(tmp_path / "privatefilters.py"), str(tmp_path / "model"), str(port)]
-    with running(command, port, tmp_path / "log", PYTHONPATH=str(tmp_path)), ThreadPoolExecutor(3) as pool:
+    command, env = [sys.executable, str(tmp_path / "privatefilters.py"), str(tmp_path / "model"), str(port)], {**os.environ, "PYTHONPATH": str(tmp_path)}
+    with running(command, f"http://127.0.0.1:{port}/ping", tmp_path / "log", env), ThreadPoolExecutor(3) as pool:
         try:
             first = pool.submit(post, port, "no budget", "text/plain")
             while not (tmp_path / "entered").exists():
