@@ -42,7 +42,7 @@ bench: .venv/installed  ## timings against the named peers, as ratios; writes be
 
 lab: .venv/installed  ## JupyterLab on the notebooks; git diffs of them by nbdime, merges by nbdev
 	nbdev_install_hooks > /dev/null
-	git config diff.jupyternotebook.command "git-nbdiffdriver diff"
+	git config diff.jupyternotebook.command "$(CURDIR)/$(BIN)/git-nbdiffdriver diff"
 	jupyter lab nbs
 
 clean:  ## stop this checkout's endpoints and delete its state (.textrelay), not the environment
