@@ -17,7 +17,7 @@ import click
 # %% auto #0
 __all__ = ['main', 'run', 'serve', 'endpoints', 'score', 'publish', 'consume', 'ui']
 
-# %% ../../nbs/lib/61_cli.ipynb #0567e98e
+# %% ../../nbs/lib/61_cli.ipynb #51850424
 class _Verb(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         from textrelay.core import Refused
@@ -37,7 +37,7 @@ class _Verb(click.Command):
             ctx.exit(1)
         except Exception as e:
             if type(e).__module__.startswith("mlflow"):
-                click.echo(f"error: MLflow at {_tracking_uri()}: {str(e).splitlines()[0]}", err=True)
+                click.echo(f"error: {_mlflow(e)}", err=True)
             elif isinstance(e, (ValueError, OSError, RuntimeError, ImportError)):
                 click.echo(f"error: {e}", err=True)
             else:
@@ -45,10 +45,12 @@ class _Verb(click.Command):
             ctx.exit(1)
 
 
-def _tracking_uri() -> str:
-    from textrelay.exchange import tracking_uri
+def _mlflow(error: Exception) -> str:
+    from textrelay.exchange import tracking_uri, unreachable
 
-    return tracking_uri()
+    if problem := unreachable():
+        return f"{problem}; once it does, repeat the command"
+    return f"MLflow at {tracking_uri()}: {str(error).splitlines()[0]}"
 
 
 def _say(result: Any, as_json: bool, text: str) -> None:
