@@ -46,13 +46,23 @@ def running(command: list[str], url: str, log: Path, env: dict[str, str] | None 
             raise
 
 
+def real_data(name: str) -> Path:
+    path = SHARED / "data" / name / "train.csv"
+    if not path.is_file():
+        pytest.skip(f"{path} is not there: it lies outside the repository (README, 'Real data')")
+    return path
+
+
 @pytest.fixture(scope="session")
 def enron() -> Path:
     "Real sentences from business e-mail with two intents; see README for where others get them."
-    path = SHARED / "data/enron_intent/train.csv"
-    if not path.is_file():
-        pytest.skip(f"{path} is not there: the Enron intent data lies outside the repository (README, 'Real data')")
-    return path
+    return real_data("enron_intent")
+
+
+@pytest.fixture(scope="session")
+def banking77() -> Path:
+    "Real questions to a bank with 77 intents."
+    return real_data("banking77")
 
 
 @pytest.fixture

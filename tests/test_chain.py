@@ -138,8 +138,22 @@ def test_score_a_file_with_what_the_endpoint_runs(workplace, chain, tmp_path):
     assert evaluate(scores, intervals=0)["f1_macro"] == pytest.approx(chain["results"]["wrap"]["f1_macro"], abs=1e-6)
 
 
+def test_what_did_not_change_is_not_run_again(workplace, chain):
+    same = workplace.textrelay("run", "params/ci.yaml", "--json")
+    assert json.loads(same.stdout)["results"] == chain["results"] and json.loads(same.stdout)["run_id"] != chain["run_id"]
+    for stage, result in chain["results"].items():
+        assert f"{stage}: nothing changed since run {result['run_id']}" in same.stderr
+    workplace.textrelay("endpoints", "--stop", chain["results"]["deploy"]["endpoint"])
+    mended = workplace.textrelay("run", "params/ci.yaml", "--set", "wrap.golden=13", "--set", "wrap.champion=nobody", "--json")
+    assert mended.stderr.count("nothing changed") == 2 and "wrap: params changed since run" in mended.stderr
+    assert json.loads(mended.stdout)["results"]["wrap"]["release"] != chain["results"]["wrap"]["release"], "another golden row, another content"
+    back = workplace.textrelay("run", "params/ci.yaml", "--json")  # the champion is another one now, so the verdict is asked for again; and the endpoint moves back
+    assert back.stderr.count("nothing changed") == 2 and "wrap: champion moved since run" in back.stderr and "deploy: " in back.stderr
+    assert json.loads(back.stdout)["results"]["deploy"]["release"] == chain["results"]["wrap"]["release"]
+
+
 def test_again_gives_the_same_release_and_meets_its_champion(workplace, chain):
-    again = json.loads(workplace.textrelay("run", "params/ci.yaml", "--json").stdout)
+    again = json.loads(workplace.textrelay("run", "params/ci.yaml", "--force", "--json").stdout)
     assert again["results"]["wrap"]["release"] == chain["results"]["wrap"]["release"], "same commit, data, parameters, threads: same digest"
     assert again["results"]["deploy"]["url"] == chain["results"]["deploy"]["url"]
     assert "the champion's is" in again["results"]["wrap"]["why"] and "no champion" not in again["results"]["wrap"]["why"]

@@ -64,20 +64,46 @@ def test_a_command_that_needs_an_extra_says_which(bare, tmp_path):
     assert done.returncode == 1 and "pip install 'textrelay[train,track]'" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_the_lines_of_readme_work_as_printed_outside_the_repository(tmp_path):
-    "But for the model's name: no hub is at hand in tests, so that a folder stands for it."
+def readme_lines(tmp_path: Path) -> list[str]:
+    "README's Python as printed, but for the model's name: no hub is at hand in tests, so that a folder stands for it. The last line is printed."
     from textrelay.classifier import tiny_model
 
     lines = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[1]
     assert lines.count('"distilbert-base-uncased"') == 1 and lines.rstrip().endswith('.answer(["Sounds good, call me on Tuesday."])')
-    lines = lines.replace('"distilbert-base-uncased"', repr(tiny_model(tmp_path / "tiny")))
-    *before, last = lines.rstrip().split("\n")
-    program = ["texts, labels = ['yes call', 'no stop'] * 4, ['positive', 'unsubscribe'] * 4", *before, f"print({last})"]
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere/lines.py").write_text("\n".join(program))
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW", "TEXTRELAY"))}
-    done = subprocess.run([sys.executable, "lines.py"], cwd=tmp_path / "elsewhere", env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    answer, = ast.literal_eval(done.stdout.strip().splitlines()[-1])
+    *before, last = lines.replace('"distilbert-base-uncased"', repr(tiny_model(tmp_path / "tiny"))).rstrip().split("\n")
+    return ["texts, labels = ['yes call', 'no stop'] * 4, ['positive', 'unsubscribe'] * 4", *before, f"print({last})"]
+
+
+def check(printed: str, elsewhere: Path) -> None:
+    answer, = ast.literal_eval(printed.strip().splitlines()[-1])
     assert answer["status"] in ("scored", "abstained") and set(answer["scores"]) == {"positive", "unsubscribe"}
-    assert (tmp_path / "elsewhere/.textrelay/mlflow.db").is_file(), "the store is where the work was done"
+    assert (elsewhere / ".textrelay/mlflow.db").is_file(), "the store is where the work was done"
+
+
+def outside() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW", "TEXTRELAY"))}
+
+
+def test_the_lines_of_readme_work_as_printed_outside_the_repository(tmp_path):
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    (elsewhere / "lines.py").write_text("\n".join(readme_lines(tmp_path)))
+    done = subprocess.run([sys.executable, "lines.py"], cwd=elsewhere, env=outside(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    check(done.stdout, elsewhere)
+
+
+@pytest.mark.soak
+def test_the_lines_of_readme_work_in_a_notebook_of_a_new_environment(bare, tmp_path):
+    "A few minutes: torch and all that belongs to it are installed anew, as README says."
+    import nbformat
+
+    pip = [str(bare), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--constraint", str(ROOT / "constraints.txt")]
+    subprocess.run([*pip, f"{bare.parent.parent / 'source'}[train,track]"], check=True)
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    cells = [nbformat.v4.new_code_cell(source) for source in ("\n".join(readme_lines(tmp_path)), "import nbdev")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), elsewhere / "lines.ipynb")
+    env = outside() | {"JUPYTER_PREFER_ENV_PATH": "1"}
+    done = subprocess.run([str(bare), "-m", "papermill", "--kernel", "python3", "lines.ipynb", "out.ipynb"], cwd=elsewhere, env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and "No module named 'nbdev'" in done.stderr, f"the last cell fails, since this is another environment: {done.stderr}"
+    printed = nbformat.read(elsewhere / "out.ipynb", as_version=4).cells
+    check("".join(o.text for c in printed if c.cell_type == "code" for o in c.outputs if o.output_type == "stream" and o.name == "stdout"), elsewhere)

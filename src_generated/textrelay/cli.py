@@ -71,20 +71,22 @@ def main() -> None:
 
     Start with: textrelay run params/quickstart.yaml"""
 
-# %% ../../nbs/lib/61_cli.ipynb #ee854a2f
+# %% ../../nbs/lib/61_cli.ipynb #36fdca8b
 @main.command()
 @click.argument("params", type=click.Path(exists=True, dir_okay=False))
 @click.option("--stage", type=click.Choice(["train", "test", "wrap", "deploy"]), help="Run only this stage.")
 @click.option("--from", "from_run", metavar="RUN", help="Take results of earlier stages from this chain's MLflow run; without --stage, go on where it stopped.")
 @click.option("--set", "settings", multiple=True, metavar="STAGE.NAME=VALUE", help="Replace one parameter, as YAML: --set train.epochs=1.")
+@click.option("--force", is_flag=True, help="Run stages even where nothing changed since an earlier run that passed.")
 @_json
-def run(params: str, stage: str | None, from_run: str | None, settings: tuple[str, ...], as_json: bool) -> None:
+def run(params: str, stage: str | None, from_run: str | None, settings: tuple[str, ...], force: bool, as_json: bool) -> None:
     """Run the stages of a params file: train, test, wrap, deploy.
 
-    Each stage is a notebook and an MLflow run. Ends with 3 when a gate says no; then mend what it names and go on with --from RUN."""
+    Each stage is a notebook and an MLflow run. A stage for which nothing changed since an earlier run
+    (code, notebook, parameters, inputs, environment) is not run again. Ends with 3 when a gate says no; then mend what it names and go on with --from RUN."""
     from textrelay.stages import run_chain
 
-    chain = run_chain(params, stage=stage, from_run=from_run, overrides=_overrides(settings))
+    chain = run_chain(params, stage=stage, from_run=from_run, overrides=_overrides(settings), force=force)
     _say({"run_id": chain.run_id, "results": chain.results}, as_json, _report(chain.run_id, chain.results))
 
 
