@@ -233,7 +233,7 @@ def test_many_publish_the_same_at_the_same_moment(server: Server, state: Path, m
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
     write_table(tmp_path / "words.csv", [{"word": "yes"}])
-    together, client = Barrier(4), store()
+    together, client = Barrier(4, timeout=20), store()
     run = client.create_run(experiment("crowd")).info.run_id
 
     def one(n: int) -> str:
@@ -244,6 +244,26 @@ def test_many_publish_the_same_at_the_same_moment(server: Server, state: Path, m
         assert set(pool.map(one, range(4))) == {"words@1"}
     assert [p.reference for p in publications("words")] == ["words@1"]
     assert [i.dataset.name for i in client.get_run(run).inputs.dataset_inputs] == ["words"]
+
+
+def test_many_runs_are_the_first_to_name_a_data_set(server: Server, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow.entities import Dataset, DatasetInput
+
+    from textrelay.exchange import _log_input, experiment, store
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
+    together, client = Barrier(4, timeout=20), store()
+    runs = [client.create_run(experiment("first")).info.run_id for _ in range(4)]
+    inputs = [DatasetInput(Dataset(f"new-{n}", "0" * 32, "textrelay", "{}"), []) for n in range(10)]  # ten chances to meet
+
+    def one(run: str) -> None:
+        for new in inputs:
+            together.wait()
+            _log_input(client, run, new)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(one, runs))
+    assert [len(client.get_run(run).inputs.dataset_inputs) for run in runs] == [10] * 4
 
 
 # The server dies
