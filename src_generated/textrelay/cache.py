@@ -90,7 +90,7 @@ def _top_module(dotted: str) -> str | None:
     origin = Path(spec.origin)
     return _source(origin.parent if spec.submodule_search_locations else origin)
 
-# %% ../../nbs/lib/55_cache.ipynb #5431a860
+# %% ../../nbs/lib/55_cache.ipynb #c941cfbe
 def found(
     values: Mapping[str, Any],  # effective parameters of a stage
 ) -> dict[str, str]:            # champion, endpoint, alias -> release that it points at now, or 'none'
@@ -104,8 +104,8 @@ def found(
         now["champion"] = entry.release if entry else "none"
     if values.get("endpoint"):
         now["endpoint"] = next((e.release for e in LocalTarget().endpoints() if e.name == values["endpoint"] and e.status == "running"), "none")
-    if values.get("alias") and _is_result(wrap := values.get("wrap")):
-        entry = champion(wrap["name"], values["alias"])
+    if values.get("alias") and _is_result(values.get("wrap")):
+        entry = champion(values["wrap"]["name"], values["alias"])
         now["alias"] = entry.release if entry else "none"
     return now
 
