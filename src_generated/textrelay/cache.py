@@ -113,7 +113,7 @@ def found(
 def _stands(now: Mapping[str, str], then: Mapping[str, str], release: str | None) -> bool:
     return all(what == release or (name == "champion" and what == then.get(name)) for name, what in now.items())
 
-# %% ../../nbs/lib/55_cache.ipynb #0d9a1d52
+# %% ../../nbs/lib/55_cache.ipynb #144afaee
 @dataclass(frozen=True)
 class Earlier:
     "A run that did the same."
@@ -130,6 +130,7 @@ def earlier(
     *,
     experiment_id: str,          # MLflow experiment of the chain
     dirty: bool,                 # whether the work tree differs from its commit
+    params: str = "",            # params file of the chain, to name what changed since it ran last
 ) -> Earlier | str:              # the run, or why the stage must run
     "The latest passed run with this key whose moving names still hold; else what changed since the last one."
     from mlflow.artifacts import load_dict
@@ -155,7 +156,7 @@ def earlier(
         why = why or ", ".join(k for k in now if now[k] != result.get("release")) + f" moved since run {run.info.run_id[:8]}"
     if why:
         return why
-    last = store().search_runs([experiment_id], f"{passed} and tags.`{PARTS}` LIKE '%'", order_by=order, max_results=1)
+    last = store().search_runs([experiment_id], f"{passed} and tags.`textrelay.params` = '{params}'", order_by=order, max_results=1)
     if not last:
         return ""
     before = json.loads(last[0].data.tags[PARTS])

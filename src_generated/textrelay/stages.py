@@ -246,7 +246,7 @@ class Stage:
             mlflow.end_run()
         print(f"{self.name}: {outcome}")
 
-# %% ../../nbs/lib/60_stages.ipynb #6406321c
+# %% ../../nbs/lib/60_stages.ipynb #a41217a5
 def notebook_of(
     stage: str,  # one of STAGES
     root: Path,  # the project's top folder
@@ -267,6 +267,7 @@ def run_stage(
     source: str = "params",        # where the parameters come from, for messages
     stop: threading.Event | None = None,  # set when the stage shall end early
     force: bool = False,           # run it even if an earlier run did the same
+    step: str = "",                # what its lines on stderr begin with, such as '[1/4] '
 ) -> Params:                       # the stage's result
     """Run a stage notebook as a child of the chain's run. Raises StageError or Refused; the run keeps the notebook in any case.
 
@@ -277,20 +278,21 @@ def run_stage(
     chain = client.get_run(parent)
     facts = provenance(notebook=notebook, params=_json(values), root=root)
     key, now, reused = stage_key(notebook, _json(values), root), found(values), f"textrelay.reused.{stage}"
+    params_file = chain.data.tags.get("textrelay.params", "")
     if not force:
-        before = earlier(stage, key, now, experiment_id=chain.info.experiment_id, dirty=facts["textrelay.dirty"] == "true")
+        before = earlier(stage, key, now, experiment_id=chain.info.experiment_id, dirty=facts["textrelay.dirty"] == "true", params=params_file)
         if isinstance(before, Earlier):
-            print(f"{stage}: nothing changed since run {before.run_id} ({before.started} UTC), which is reused; --force runs it again", file=sys.stderr, flush=True)
+            print(f"{step}{stage}: nothing changed since run {before.run_id} ({before.started} UTC), which is reused; --force runs it again", file=sys.stderr, flush=True)
             client.set_tag(parent, reused, before.run_id)
             return before.result
         if before:
-            print(f"{stage}: {before}", file=sys.stderr, flush=True)
+            print(f"{step}{stage}: {before}", file=sys.stderr, flush=True)
     if reused in chain.data.tags:
         client.delete_tag(parent, reused)
     tags = {
         **facts, "mlflow.parentRunId": parent, "textrelay.stage": stage, "mlflow.source.name": facts["textrelay.notebook"],
         "mlflow.source.type": "NOTEBOOK", "mlflow.source.git.commit": facts["textrelay.commit"], "mlflow.user": os.environ.get("USER", ""),
-        KEY: digest_json(key), PARTS: json.dumps(key), FOUND: json.dumps(now),
+        "textrelay.params": params_file, KEY: digest_json(key), PARTS: json.dumps(key), FOUND: json.dumps(now),
     }
     run_id = client.create_run(chain.info.experiment_id, run_name=notebook.stem, tags=tags).info.run_id
     folder = _work(run_id)
@@ -465,7 +467,7 @@ def _code_cell(executed: Path, index: int) -> int:
     cells = [c for c in nbformat.read(executed, as_version=4).cells if not has(c, "papermill-error-cell-tag")][: index + 1]
     return sum(c.cell_type == "code" and not has(c, "injected-parameters", "parameters-check") for c in cells)
 
-# %% ../../nbs/lib/60_stages.ipynb #9bf3440b
+# %% ../../nbs/lib/60_stages.ipynb #8b4805aa
 @dataclass(frozen=True)
 class Chain:
     "What a chain of stages ended with."
@@ -545,14 +547,15 @@ def _run_stages(
         for number, name in enumerate(todo, 1):
             if stop.is_set():
                 raise KeyboardInterrupt
-            print(f"[{number}/{len(todo)}] {name} …", file=sys.stderr, flush=True)
+            step = f"[{number}/{len(todo)}] "
+            print(f"{step}{name} …", file=sys.stderr, flush=True)
             started = time.monotonic()
             asked = _with_results(name, wanted, results, root)
-            results[name] = run_stage(name, asked, parent=run_id, root=root, source=f"{path}: {name}", stop=stop, force=force)
+            results[name] = run_stage(name, asked, parent=run_id, root=root, source=f"{path}: {name}", stop=stop, force=force, step=step)
             metrics = {k: v for k, v in client.get_run(results[name]["run_id"]).data.metrics.items() if "." not in k}
             for key, value in metrics.items():
                 client.log_metric(run_id, f"{name}.{key}", value)  # so that chains can be compared without opening their stages
-            print(f"[{number}/{len(todo)}] {name}: done in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+            print(f"{step}{name}: done in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
     except Refused:
         verdict = "REFUSED"
         raise
