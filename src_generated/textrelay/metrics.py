@@ -179,13 +179,15 @@ def expected_calibration_error(
     "Mean |confidence - accuracy| over confidence bins, weighted by bin size (Guo et al. 2017, eq. 3)."
     return sum(b["rows"] * abs(b["confidence"] - b["accuracy"]) for b in reliability(y, P, bins)) / len(y)
 
-# %% ../../nbs/lib/11_metrics.ipynb #ac452d75
+# %% ../../nbs/lib/11_metrics.ipynb #77085258
 def metric_name(
     label: str,  # any label
 ) -> str:        # at most 200 characters of A-Z a-z 0-9 _ . - and space; different labels have different names
-    "A label as part of a metric's name."
-    if re.search(r"[^A-Za-z0-9_. -]|_[0-9a-f]{2}", label):
-        label = "".join(c if re.match(r"[A-Za-z0-9. -]", c) else "".join(f"_{b:02x}" for b in c.encode()) for c in label)
+    "A label as part of a metric's name; a character that MLflow refuses there becomes _x and two hexadecimal digits for each of its bytes."
+    def coded(found: re.Match[str]) -> str:
+        return "".join(f"_x{b:02x}" for b in found[0].encode())
+
+    label = re.sub(r"[^A-Za-z0-9_. -]|_(?=x[0-9a-f]{2})", coded, label)  # what looks like a code already is coded, too
     return label if len(label) <= 200 else f"{label[:180]}_{digest_bytes(label.encode())[7:26]}"  # MLflow's limit is 250
 
 # %% ../../nbs/lib/11_metrics.ipynb #83aa3235
