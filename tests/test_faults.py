@@ -143,7 +143,7 @@ def short(notebook: Any, name: str) -> Any:
     parameters, begin = [c for c in notebook.cells if c.cell_type == "code"][:2]
     kept = ["from textrelay.stages", "stage ="]
     if name == "1_train.ipynb":
-        kept += ["from textrelay import", "published,", "columns =", "data ="]
+        kept += ["from textrelay import", "published,", "reading =", "data ="]
     lines = [line.partition(", metrics")[0] for line in begin.source.splitlines() if line.startswith(tuple(kept))]
     assert len(lines) == len(kept), f"{name} begins in another way than these tests expect:\n{begin.source}"
     begin.source = "\n".join(lines)
