@@ -337,6 +337,7 @@ def death(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Death:
     return Death(stopped, found, left, resumed, runs(), list(place.state.glob("work/*")))
 
 
+@pytest.mark.soak
 def test_a_killed_server_ends_in_one_clear_message(death: Death, server: Server) -> None:
     stopped, parent = death.stopped, death.runs[0]
     assert stopped.code == 1 and stopped.out == "" and stopped.took < GIVES_UP_S
@@ -348,6 +349,7 @@ def test_a_killed_server_ends_in_one_clear_message(death: Death, server: Server)
     ]
 
 
+@pytest.mark.soak
 def test_the_resumed_chain_goes_on_where_it_stopped_and_waits_for_a_server_that_is_back_soon(death: Death) -> None:
     assert death.resumed.code == 0, death.resumed.err
     done = json.loads(death.resumed.out)
@@ -357,6 +359,7 @@ def test_the_resumed_chain_goes_on_where_it_stopped_and_waits_for_a_server_that_
     assert again.data.metrics == {"score": 0.5} and again.data.params["score"] == "0.5"
 
 
+@pytest.mark.soak
 def test_no_run_is_left_running_and_the_cut_off_notebook_is_kept(death: Death) -> None:
     from textrelay.exchange import store
 

@@ -1,4 +1,4 @@
-"Real weights on real mail: rows in any order, same seed and threads, and (make soak) the figures of params/enron.yaml and params/banking77.yaml."
+"Real weights on real mail: rows in any order, same seed and threads, and (make soak) many labels and the figures of params/enron.yaml and params/banking77.yaml."
 
 import json
 import os
@@ -106,6 +106,7 @@ def column(notebook: dict, name: str) -> list[str]:
     raise AssertionError(f"no table with the column {name!r} in {len(pages)}")
 
 
+@pytest.mark.soak
 def test_77_labels_fit_into_the_reports_and_into_mlflow(banking77, state, tmp_path):
     "A network without any training to speak of, on the whole test part; the gate refuses it."
     import mlflow.pyfunc
