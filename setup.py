@@ -15,7 +15,7 @@ def lines(key: str) -> list[str]:
     return [line.strip() for line in cfg.get(key, "").splitlines() if line.strip()]
 
 
-extras = {name: lines(f"{name}_requirements") for name in ("train", "track", "aws", "spark", "dev")}
+extras = {name: lines(f"{name}_requirements") for name in ("train", "track", "openvino", "aws", "spark", "dev")}
 
 setuptools.setup(
     name=cfg["lib_name"],

@@ -169,6 +169,7 @@ def chains(place: Project, server: Server) -> list[dict[str, Any]]:
     return [json.loads(o.out) for o in outcomes]
 
 
+@pytest.mark.soak
 def test_both_pass_with_one_parent_and_four_children_each(chains: list[dict[str, Any]]) -> None:
     from textrelay.exchange import experiment, store
 
@@ -182,6 +183,7 @@ def test_both_pass_with_one_parent_and_four_children_each(chains: list[dict[str,
         assert children[0].data.params["seed"] == str(n) and children[3].data.params["endpoint"] == f"chain-{n}"
 
 
+@pytest.mark.soak
 def test_what_both_made_at_once_is_there_once(chains: list[dict[str, Any]]) -> None:
     from textrelay.exchange import experiment, publications, store
 
@@ -194,6 +196,7 @@ def test_what_both_made_at_once_is_there_once(chains: list[dict[str, Any]]) -> N
         assert [i.dataset.name for i in inputs] == ["replies"]
 
 
+@pytest.mark.soak
 def test_versions_and_endpoints_are_not_mixed_up(chains: list[dict[str, Any]], place: Project) -> None:
     from textrelay.registry import entries
     from textrelay.targets import LocalTarget, request
@@ -209,6 +212,7 @@ def test_versions_and_endpoints_are_not_mixed_up(chains: list[dict[str, Any]], p
         assert row["status"] == "scored" and row["prediction_id"].startswith(wrap["release"].removeprefix("sha256:")[:12])
 
 
+@pytest.mark.soak
 def test_all_is_on_the_server_and_nothing_of_it_in_the_checkout(chains: list[dict[str, Any]], place: Project, server: Server) -> None:
     from mlflow.artifacts import download_artifacts
 

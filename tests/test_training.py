@@ -63,6 +63,7 @@ clf.fit(data.X("train"), data.y("train")).save(sys.argv[2] + "/../" + sys.argv[4
 """
 
 
+@pytest.mark.soak
 def test_a_killed_training_goes_on_to_the_same_weights(enron, tmp_path):
     "SIGKILL after the first of three epochs; the next fit trains the other two, and its weights are those of a training that nobody killed."
     def train(name: str) -> subprocess.Popen:

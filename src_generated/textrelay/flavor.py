@@ -27,7 +27,7 @@ FLAVOR_NAME = "textrelay.flavor"
 # %% auto #0
 __all__ = ['FLAVOR_NAME', 'COLUMNS', 'SIGNATURE', 'requirements', 'save_model', 'log_model', 'model_folder', 'load_model']
 
-# %% ../../nbs/lib/30_flavor.ipynb #56125a03
+# %% ../../nbs/lib/30_flavor.ipynb #45a820f9
 COLUMNS = ("id", "label", "score", "scores", "status", "reason")
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.string, name, required=False) for name in ("text", "raw", "subject", "id")]),
@@ -39,15 +39,15 @@ SIGNATURE = ModelSignature(
 
 
 def requirements(
-    engine: str = "onnxruntime",  # 'onnxruntime' or 'torch'
+    engine: str = "onnxruntime",  # or 'openvino', 'torch'
 ) -> list[str]:                   # pip requirements
     "What an environment needs to score the model. MLflow's guess is not used: it pulls packages that are never imported."
-    needs = [r for r in metadata.requires("textrelay") or [] if "extra ==" not in r]
-    if engine == "torch":
-        needs += [re.split(r"\s*;", r)[0] for r in metadata.requires("textrelay") or [] if re.search(r"extra == .train.", r)]
-    return [f"textrelay=={metadata.version('textrelay')}", *sorted(needs)]
+    needs = {re.split(r"\s*;", r)[0]: "".join(re.findall(r"extra == .(\w+)", r)) for r in metadata.requires("textrelay") or []}
+    extra = {"torch": "train", "openvino": "openvino"}.get(engine)
+    serving = [r for r, of in needs.items() if not of or (of == extra and not r.startswith("nncf"))]  # nncf only builds
+    return [f"textrelay=={metadata.version('textrelay')}", *sorted(serving)]
 
-# %% ../../nbs/lib/30_flavor.ipynb #f60951fd
+# %% ../../nbs/lib/30_flavor.ipynb #10541ac6
 def save_model(
     model: Any,                           # a Model, a fitted TransformerClassifier (saved as a Model without filters), or the folder of a bundle
     path: str | Path,                     # new folder
@@ -106,7 +106,7 @@ def model_folder(
 def load_model(
     model_uri: str,                # 'models:/name@alias', 'models:/m-…', 'runs:/…' or a path
     *,
-    engine: str | None = None,     # 'onnxruntime', 'torch', or None: the one it was saved for
+    engine: str | None = None,     # 'torch', or None: the one it was saved for
 ) -> Model:                        # an estimator: predict, predict_proba, classes_; its classifier is `.classifier`
     "The model as an estimator."
     return Model.load(model_folder(model_uri), engine=engine)

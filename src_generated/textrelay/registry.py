@@ -12,7 +12,7 @@ from .exchange import store
 # %% auto #0
 __all__ = ['Entry', 'register', 'entries', 'champion', 'promote']
 
-# %% ../../nbs/lib/31_registry.ipynb #3469a1b9
+# %% ../../nbs/lib/31_registry.ipynb #fd08b684
 @dataclass(frozen=True)
 class Entry:
     "One version of a registered model."
@@ -21,6 +21,7 @@ class Entry:
     version: str   # '1', '2', ...
     release: str   # digest of the sealed bundle
     run_id: str    # the wrap stage's run
+    engine: str | None = None  # what its bundle is served by, such as 'openvino int8'
 
     @property
     def uri(self) -> str:
@@ -32,11 +33,14 @@ def register(
     name: str,     # registered model
     version: str,  # what MLflow gave it when the model was logged
     release: str,  # digest of the bundle
+    engine: str | None = None,  # what it is served by
 ) -> Entry:        # the entry
     "Tie a registered version to the bundle that holds it."
     client = store()
+    if engine:  # first: an entry counts once it has its release
+        client.set_model_version_tag(name, version, "textrelay.engine", engine)
     client.set_model_version_tag(name, version, "textrelay.release", release)
-    return Entry(name, version, release, client.get_model_version(name, version).run_id or "")
+    return Entry(name, version, release, client.get_model_version(name, version).run_id or "", engine)
 
 
 def entries(
@@ -44,7 +48,7 @@ def entries(
 ) -> list[Entry]:    # newest first
     "Versions that are tied to a bundle."
     found = store().search_model_versions(f"name='{name}'", max_results=10_000)
-    mine = [Entry(v.name, str(v.version), v.tags["textrelay.release"], v.run_id or "") for v in found if "textrelay.release" in v.tags]
+    mine = [Entry(v.name, str(v.version), v.tags["textrelay.release"], v.run_id or "", v.tags.get("textrelay.engine")) for v in found if "textrelay.release" in v.tags]
     return sorted(mine, key=lambda e: -int(e.version))
 
 
