@@ -114,7 +114,7 @@ def _report(run_id: str, results: dict[str, dict[str, Any]]) -> str:
         ]
     return "\n".join([*lines, "all runs   textrelay ui"])
 
-# %% ../../nbs/lib/61_cli.ipynb #d850bc75
+# %% ../../nbs/lib/61_cli.ipynb #61c8a6de
 @main.command()
 @click.argument("bundle", default="/opt/ml/model", type=click.Path(exists=True, file_okay=False))
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 inside a container.")
@@ -153,18 +153,27 @@ def endpoints(stop: str | None, as_json: bool) -> None:
 @click.option("--label", help="Column of the true label, if there is one.")
 @click.option("--dataset", help="Digest of the data set that FILE is a part of (default: of the file).")
 def score(file: str, out: str | None, model: str, text: str, label: str | None, dataset: str | None) -> None:
-    """Score the rows of FILE (CSV or JSON Lines) and write a table of labels and probabilities to OUT (default: stdout)."""
-    from textrelay.core import read_table
+    """Score the messages of FILE and write a table of labels and probabilities to OUT (default: stdout, as CSV).
 
-    rows = read_table(file)
-    scored = _score(_folder(model), rows, file, text, label, dataset)
-    target = Path(out) if out else None
-    with _table(target) as path:
-        from textrelay.metrics import write_scores
+    Both are CSV, JSON Lines or Parquet by their endings, of any size. Stopped and started again, it goes on where it was."""
+    from textrelay.batch import score_file
+    from textrelay.core import digest_tree
+    from textrelay.model import Model
+    from textrelay.serving import read_bundle
 
-        write_scores(path, scored)
-    held = sum(s != "scored" for s in scored.status)
-    click.echo(f"{len(rows)} rows, {held} held back" + (f" -> {out}" if out else ""), err=True)
+    folder, seen = _folder(model), 0
+    release = read_bundle(folder).facts.get("release") or digest_tree(folder)
+    with _table(Path(out) if out else None) as path, click.progressbar(length=Path(file).stat().st_size, label="scoring", file=sys.stderr, item_show_func=str) as bar:
+        def progress(read: int, rows: int) -> None:
+            nonlocal seen
+            if rows and not read:
+                click.echo(f"{rows} rows were scored before; going on", err=True)
+            bar.update(read - seen, f"{rows} rows" if read else None)
+            seen = read
+
+        counts = score_file(Model.load(folder), file, path, release=release, dataset=dataset, text=text, label=label, progress=progress)
+    held = sum(counts.values()) - counts["scored"]
+    click.echo(f"{sum(counts.values())} rows, {held} held back" + (f" -> {out}" if out else ""), err=True)
 
 
 @contextlib.contextmanager
@@ -196,24 +205,6 @@ def _folder(model: str) -> Path:
     if model not in known:
         raise ValueError(f"--model {model}: no such folder, and no endpoint of that name in {home()}; endpoints: {sorted(known) or 'none'}")
     return LocalTarget().bundle(model)
-
-
-def _score(folder: Path, rows: list[dict[str, Any]], file: str, text: str, label: str | None, dataset: str | None) -> Any:
-    from textrelay.core import digest_file, digest_tree
-    from textrelay.model import Model, score_table
-    from textrelay.serving import read_bundle
-
-    for column in [c for c in (text, label) if c]:
-        if missing := next((n for n, r in enumerate(rows, 1) if column not in r), None):
-            if column == text and "raw" in rows[missing - 1]:
-                continue
-            raise ValueError(f"{file}, row {missing}: no column {column!r}; it has {sorted(rows[missing - 1])}")
-    release = read_bundle(folder).facts.get("release") or digest_tree(folder)
-    items = [{**{k: r[k] for k in ("id", "raw", "subject") if r.get(k)}, **({"text": r[text]} if text in r and "raw" not in r else {})} for r in rows]
-    with click.progressbar(length=len(items), label="scoring", file=sys.stderr) as bar:
-        return score_table(
-            Model.load(folder), items, [str(r[label]) for r in rows] if label else None, dataset=dataset or digest_file(file), digest=release, progress=bar.update,
-        )
 
 # %% ../../nbs/lib/61_cli.ipynb #237f3ed4
 @main.command()

@@ -21,9 +21,9 @@ from typing import Any
 from ruamel.yaml import YAML, YAMLError
 
 # %% auto #0
-__all__ = ['MARKERS', 'IntegrityError', 'Refused', 'StageError', 'digest_bytes', 'digest_json', 'digest_file', 'manifest',
+__all__ = ['Row', 'MARKERS', 'IntegrityError', 'Refused', 'StageError', 'digest_bytes', 'digest_json', 'digest_file', 'manifest',
            'digest_tree', 'verify_manifest', 'atomic_write', 'atomic_folder', 'read_yaml', 'write_json', 'read_json',
-           'read_table', 'write_table', 'dotted', 'dotted_name', 'project_root', 'home']
+           'scan_table', 'read_table', 'write_table', 'dotted', 'dotted_name', 'project_root', 'home']
 
 # %% ../../nbs/lib/00_core.ipynb #ff524bd6
 class IntegrityError(ValueError):
@@ -170,25 +170,47 @@ def read_json(
     except json.JSONDecodeError as e:
         raise ValueError(f"{path}, line {e.lineno}: not valid JSON: {e.msg}") from None
 
-# %% ../../nbs/lib/00_core.ipynb #f0e2ae98
-def read_table(
-    path: str | Path,  # .csv (with a header) or .jsonl / .ndjson (one object a line), UTF-8
-) -> list[dict[str, Any]]:  # one dict a row; CSV values are text
-    "Rows of a CSV or JSON Lines file. Empty files, ragged rows and broken lines are errors that name the line."
+# %% ../../nbs/lib/00_core.ipynb #62985589
+Row = dict[str, Any]
+
+
+def scan_table(
+    path: str | Path,  # .csv (with a header) or .jsonl / .ndjson (one object a line), UTF-8; .parquet
+) -> Iterator[tuple[Row, int]]:  # a row (CSV values are text), and how many bytes of the file were read for it and those before
+    "Rows of a table one after the other, whatever its size. Empty files, ragged rows and broken lines are errors that name the line."
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path}: not UTF-8 (byte {e.start}); save it as UTF-8 and try again") from None
-    rows = list(_lines(path, text)) if path.suffix in (".jsonl", ".ndjson") else list(_csv(path, text))
-    if not rows:
+    readers = {".csv": _csv, ".jsonl": _lines, ".ndjson": _lines, ".parquet": _parquet}
+    if path.suffix not in readers:
+        raise ValueError(f"{path}: tables end in {', '.join(readers)}, this one in {path.suffix or 'nothing'}")
+    empty = True
+    for entry in readers[path.suffix](path):
+        empty = False
+        yield entry
+    if empty:
         raise ValueError(f"{path}: no rows in it")
-    return rows
 
 
-def _lines(path: Path, text: str) -> Iterator[dict[str, Any]]:
-    # Not splitlines(): a mail body may hold U+2028, which is legal inside a JSON string.
-    for n, line in enumerate(text.split("\n"), 1):
+def read_table(
+    path: str | Path,  # as for `scan_table`
+) -> list[Row]:        # one dict a row
+    "All rows of a table."
+    return [row for row, _ in scan_table(path)]
+
+
+def _text_lines(path: Path) -> Iterator[tuple[str, int]]:  # a line with its end, and the bytes up to there
+    "By line feeds alone: a mail body may hold U+2028, which is legal inside a JSON string."
+    read = 0
+    with open(path, "rb") as f:
+        for n, line in enumerate(f, 1):
+            read += len(line)
+            try:
+                yield line.decode("utf-8-sig" if n == 1 else "utf-8"), read  # spreadsheets write a byte order mark
+            except UnicodeDecodeError:
+                raise ValueError(f"{path}, line {n}: not UTF-8; save it as UTF-8 and try again") from None
+
+
+def _lines(path: Path) -> Iterator[tuple[Row, int]]:
+    for n, (line, read) in enumerate(_text_lines(path), 1):
         if not line.strip():
             continue
         try:
@@ -197,21 +219,40 @@ def _lines(path: Path, text: str) -> Iterator[dict[str, Any]]:
             raise ValueError(f"{path}, line {n}: not valid JSON: {e.msg}") from None
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {n}: expected an object such as {{\"text\": …}}, found {type(row).__name__}")
-        yield row
+        yield row, read
 
 
-def _csv(path: Path, text: str) -> Iterator[dict[str, Any]]:
-    if path.suffix != ".csv":
-        raise ValueError(f"{path}: tables end in .csv, .jsonl or .ndjson, this one in {path.suffix or 'nothing'}")
+def _csv(path: Path) -> Iterator[tuple[Row, int]]:
     csv.field_size_limit(2**27)  # bytes; the stock limit of 128 KiB is less than a long thread
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    read = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal read
+        for line, end in _text_lines(path):
+            read = end
+            yield line
+
+    reader = csv.DictReader(lines(), strict=True)
     try:
         for row in reader:
             if None in row or None in row.values():
                 raise ValueError(f"{path}, line {reader.line_num}: expected {len(reader.fieldnames or [])} fields as in the header")
-            yield row
+            yield row, read
     except csv.Error as e:
         raise ValueError(f"{path}, line {reader.line_num}: not valid CSV: {e}") from None
+
+
+def _parquet(path: Path) -> Iterator[tuple[Row, int]]:
+    import pyarrow as arrow  # comes with MLflow
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        file, size = ParquetFile(path), path.stat().st_size
+        rows = (row for batch in file.iter_batches(1024) for row in batch.to_pylist())
+        for n, row in enumerate(rows, 1):
+            yield row, size * n // file.metadata.num_rows
+    except arrow.ArrowInvalid as e:
+        raise ValueError(f"{path}: not a Parquet file: {str(e).splitlines()[0]}") from None
 
 
 def write_table(
