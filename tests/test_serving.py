@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from conftest import free_port, running
 from textrelay import targets
@@ -96,9 +98,10 @@ def post(port: int, body: Any, content_type: str, **headers: str) -> tuple[int, 
 
 @pytest.fixture(scope="module")
 def server(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]:
-    "Port and log of a real server, watched for what it imports."
+    "Port and log of a real server that remembers nothing, watched for what it imports."
     port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
-    with running([sys.executable, "-X", "importtime", "-m", "textrelay.serving", str(tiny_bundle), "--port", str(port)], f"http://127.0.0.1:{port}/ping", log):
+    command = [sys.executable, "-X", "importtime", "-m", "textrelay.serving", str(tiny_bundle), "--port", str(port), "--cache", "0"]
+    with running(command, f"http://127.0.0.1:{port}/ping", log):
         yield port, log
 
 
@@ -196,7 +199,7 @@ def test_compressed_bodies_unknown_paths_and_methods(server: tuple[int, Path]) -
 def test_the_server_imports_nothing_that_made_the_model_and_logs_no_message(server: tuple[int, Path]) -> None:
     port, log = server
     assert post(port, '"SECRET budget"', "application/json")[0] == 200
-    line_of_request = re.compile(r"textrelay.serving: POST /invocations 200 rows=1 ms=[\d.]+$", re.M)
+    line_of_request = re.compile(r'"event": "request", "method": "POST", "path": "/invocations", "status": 200, "rows": 1, "ms": [\d.]+}$', re.M)
     deadline = time.monotonic() + 10
     while not line_of_request.search(log.read_text()) and time.monotonic() < deadline:  # it is written after the answer
         time.sleep(0.02)
@@ -236,6 +239,36 @@ if __name__ == "__main__":
     from textrelay.serving import app
     facts = dict.fromkeys(("name", "version", "release", "run_id", "commit"))
     uvicorn.run(app(Model.load(sys.argv[1]), facts, queue=1), port=int(sys.argv[2]), log_level="warning")
+"""
+
+
+def test_a_duplicate_is_answered_from_memory_and_counted(tiny_bundle: Path, tmp_path: Path) -> None:
+    port = free_port()
+    with running([sys.executable, "-m", "textrelay.serving", str(tiny_bundle), "--port", str(port)], f"http://127.0.0.1:{port}/ping", tmp_path / "log"):
+        first, = post(port, '[{"text": "no budget", "id": "a"}]', "application/json")[1]["predictions"]
+        again, = post(port, "id,text\nb,no budget\n", "text/csv")[1]["predictions"]
+        assert again == {**first, "id": "b", "cached": True} and first["cached"] is False
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as page:
+            seen = {(m.name, *sorted(m.labels.values())): m.value for f in text_string_to_metric_families(page.read().decode()) for m in f.samples}
+        assert seen[("textrelay_requests_total", "200")] == seen[("textrelay_rows_total", "", "scored")] == 2 and seen[("textrelay_cached_rows_total",)] == 1
+
+
+def test_a_slow_sender_is_told_and_holds_nobody_up(tiny_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "impatient.py").write_text(IMPATIENT)
+    port = free_port()
+    with running([sys.executable, str(tmp_path / "impatient.py"), str(tiny_bundle / "model"), str(port)], f"http://127.0.0.1:{port}/ping", tmp_path / "log"):
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as slow:
+            slow.sendall(b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: text/plain\r\nContent-Length: 100\r\n\r\nno bud")
+            assert post(port, "no budget", "text/plain")[0] == 200
+            answer = slow.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 408 ") and b"within 0.5 s" in answer
+
+
+IMPATIENT = """
+import sys, uvicorn
+from textrelay.model import Model
+from textrelay.serving import FACTS, app
+uvicorn.run(app(Model.load(sys.argv[1]), dict.fromkeys(FACTS), timeout_s=0.5), port=int(sys.argv[2]), log_level="warning")
 """
 
 
