@@ -5,9 +5,12 @@ What one function does is tested under it, in nbs/lib/40_serving.ipynb and 50_ta
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import http.client
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -19,12 +22,14 @@ import time
 import urllib.request
 import uuid
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -209,6 +214,93 @@ def test_the_server_imports_nothing_that_made_the_model_and_logs_no_message(serv
     assert not {name for name in imported if name.split(".")[0] in FORBIDDEN}
     assert line_of_request.search("\n".join(lines))
     assert "SECRET" not in "\n".join(lines)
+
+
+# What nobody should send
+
+
+def request_of(body: bytes, content_type: str = "application/json", length: int | None = None, more: str = "") -> bytes:
+    head = f"POST /invocations HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: {content_type}\r\n{more}"
+    return f"{head}Content-Length: {len(body) if length is None else length}\r\n\r\n".encode() + body
+
+
+KINDS = ("application/json", "application/jsonlines", "text/csv", "message/rfc822", "text/plain", "application/json; charset=utf-16",
+         "text/csv; header=present", "a/b", "", ";;=")
+ODD = (b"1" * 10_000, b"1e999", b"NaN", b"null", b"[null]", b'"\\ud800"', b'"\\u0000"', b'["\x00"]', b'{"text": "a", "headers": {"a": 1}}')
+PART = b"--a\nContent-Type: multipart/mixed; boundary=a\n\n"
+
+
+def hostile(draw: random.Random) -> tuple[bytes, bool]:
+    "A request that something is wrong with, or may be, and whether more of it could come."
+    noise, good = draw.randbytes(draw.randrange(400)), b'[{"id": "m1", "text": "yes call"}, {"raw": "Subject: x\\n\\nno budget"}]'
+    spoilt = bytearray(good)
+    for _ in range(draw.randrange(1, 6)):
+        spoilt[draw.randrange(len(spoilt))] = draw.randrange(256)
+    whole = [
+        lambda: request_of(bytes(spoilt), draw.choice(KINDS)),
+        lambda: request_of(noise, draw.choice(KINDS)),
+        lambda: request_of(b" " * 7_000_000),
+        lambda: request_of(draw.choice([b"[", b'{"inputs":', b'{"text":[']) * draw.randrange(1, 100_000)),
+        lambda: request_of(draw.choice(ODD)),
+        lambda: request_of(gzip.compress(bytes(10_000_000)), more="Content-Encoding: gzip\r\n"),
+        lambda: request_of(PART.replace(b"--a\n", b"") + PART * draw.randrange(2000), "message/rfc822"),
+    ]
+    part = [
+        lambda: request_of(good[: draw.randrange(len(good))], length=len(good)),  # the connection is closed in the middle
+        lambda: request_of(b"x", length=draw.choice([-1, 10**9, 10**30])),
+        lambda: draw.choice([noise, b"POST /invocations HTTP/1.1\r\nX: " + b"y" * 70_000, b"\r\n" * 1000]),
+    ]
+    n = draw.randrange(len(whole) + len(part))
+    return (whole[n](), False) if n < len(whole) else (part[n - len(whole)](), True)
+
+
+def status_of(port: int, sent: bytes, more: bool) -> int | None:
+    "What a raw request is answered with; None: the connection was closed without an answer, which is fine for half a request."
+    answer = b""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as s:
+        with contextlib.suppress(ConnectionError):  # a server that has read enough answers and hangs up
+            s.sendall(sent)
+            if more:
+                s.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(ConnectionError):
+            while part := s.recv(65536):
+                answer += part
+    return int(answer.split()[1]) if answer.startswith(b"HTTP/") else None
+
+
+@pytest.mark.parametrize("n", [300, pytest.param(10_000, marks=pytest.mark.soak)])
+def test_generated_bad_requests_do_no_harm(tiny_bundle: Path, tmp_path: Path, n: int) -> None:
+    "Half of them by schemathesis from the OpenAPI page, half as raw bytes; a good client beside them always gets its answer."
+    port, log, stop = free_port(), tmp_path / "log", threading.Event()
+    url, draw, seen = f"http://127.0.0.1:{port}", random.Random(n), Counter[int | None]()
+    with running([sys.executable, "-m", "textrelay.serving", str(tiny_bundle), "--port", str(port), "--cache", "0"], f"{url}/ping", log) as process:
+        def good() -> int:
+            right = 0
+            while not stop.wait(0.05):
+                status, said, _ = post(port, "remove this stop", "text/plain")
+                assert (status, said["predictions"][0]["label"]) == (200, "unsubscribe")
+                right += 1
+            return right
+
+        seen.update(status_of(port, *hostile(draw)) for _ in range(100))  # the server's buffers grow once
+        memory = psutil.Process(process.pid).memory_info().rss
+        with ThreadPoolExecutor(1) as pool:
+            beside = pool.submit(good)
+            try:
+                seen.update(status_of(port, *hostile(draw)) for _ in range(n // 2))
+                checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+                options = ["--checks", checks, "--max-examples", str(n // 4), "--mode", "all", "--phases", "coverage,fuzzing", "--seed", "1"]
+                command = [Path(sys.executable).with_name("schemathesis"), "run", f"{url}/openapi.json", *options]
+                done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1500)
+            finally:
+                stop.set()
+        assert done.returncode == 0, done.stdout
+        grown = (psutil.Process(process.pid).memory_info().rss - memory) / 1e6
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    print(f"{sum(seen.values())} raw: {dict(seen)}; {len(lines)} lines of log, {beside.result()} good requests beside, memory {grown:+.1f} MB")
+    assert beside.result() > 5 and set(seen) - {None} <= {200, 400, 404, 405, 408, 413, 415, 431} and seen[400] > 10 and seen[413] > 5 and seen[415] > 5
+    assert not [line for line in lines if line["event"] == "error" or line.get("status", 0) >= 500]
+    assert grown < 40
 
 
 def test_sigterm_ends_the_server_after_what_it_has_begun(tiny_bundle: Path, tmp_path: Path) -> None:
