@@ -32,7 +32,8 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d
 from .core import IntegrityError, atomic_folder, digest_file, digest_json, read_json, write_json
 
 # %% auto #0
-__all__ = ['WORDS', 'CURVES', 'model_folder', 'tiny_model', 'has_bf16', 'TransformerClassifier', 'export_onnx', 'tfidf_svm']
+__all__ = ['WORDS', 'CURVES', 'model_folder', 'tiny_model', 'has_bf16', 'TransformerClassifier', 'ExportError', 'export_onnx',
+           'tfidf_svm']
 
 # %% ../../nbs/lib/20_classifier.ipynb #3322b26f
 def model_folder(
@@ -453,7 +454,7 @@ def _macro_f1(prediction: Any) -> dict[str, float]:
     return {"f1_macro": float(f1_score(prediction.label_ids, guessed, average="macro", zero_division=0)),
             "accuracy": float((prediction.label_ids == guessed).mean())}
 
-# %% ../../nbs/lib/20_classifier.ipynb #554f95c4
+# %% ../../nbs/lib/20_classifier.ipynb #520cbbb8
 class _Logits(torch.nn.Module):
     def __init__(self, network: Any, names: list[str]) -> None:
         super().__init__()
@@ -461,6 +462,24 @@ class _Logits(torch.nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
         return self.network(**dict(zip(self.names, tensors, strict=True))).logits
+
+
+@contextmanager
+def _nothing_printed() -> Iterator[None]:
+    "torch 2.13's exporter always prints the whole graph of what it cannot export, from C++ and so past sys.stdout."
+    sys.stdout.flush()
+    kept, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nothing)
+
+
+class ExportError(ValueError):
+    "A network that ONNX cannot express; it can be served by torch."
 
 
 def export_onnx(
@@ -474,10 +493,14 @@ def export_onnx(
     axes = {0: "rows", 1: "pieces"}
     with atomic_folder(path) as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer warns of shape arithmetic; that the export is right is tested, row by row
-        torch.onnx.export(
-            _Logits(clf.network_, list(example)).eval(), tuple(example.values()), str(folder / "model.onnx"), dynamo=False, opset_version=17,
-            input_names=list(example), output_names=["logits"], dynamic_axes={**dict.fromkeys(example, axes), "logits": {0: "rows"}},
-        )
+        try:
+            with _nothing_printed():
+                torch.onnx.export(
+                    _Logits(clf.network_, list(example)).eval(), tuple(example.values()), str(folder / "model.onnx"), dynamo=False, opset_version=17,
+                    input_names=list(example), output_names=["logits"], dynamic_axes={**dict.fromkeys(example, axes), "logits": {0: "rows"}},
+                )
+        except torch.onnx.OnnxExporterError as e:
+            raise ExportError(f"{type(clf.network_).__name__} cannot be exported: {str(e).splitlines()[0]}") from None
         clf.tokenizer_.backend_tokenizer.save(str(folder / "tokenizer.json"))
         write_json(folder / "runtime.json", {
             "engine": "onnxruntime", "precision": "float32", "classes": clf.classes_.tolist(), "max_length": clf._length(),

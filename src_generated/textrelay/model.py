@@ -72,7 +72,7 @@ class Classify(Params):
         "Fit, then transform."
         return self.fit(X, y).transform(X)
 
-# %% ../../nbs/lib/22_model.ipynb #5e93b9f0
+# %% ../../nbs/lib/22_model.ipynb #257796f2
 FORMAT = 1  # of model.json; a reader refuses what it does not know
 
 
@@ -159,20 +159,24 @@ class Model:
         runtime: bool | str | Path = True,  # also export what is scored without torch; a folder: one that was built before
     ) -> Path:                 # the folder: model.json, classifier/, runtime/
         "Save as one folder: JSON, safetensors, tokenizer, ONNX; nothing pickled."
-        from textrelay.classifier import TransformerClassifier, export_onnx
+        from textrelay.classifier import ExportError, TransformerClassifier, export_onnx
 
         if not isinstance(self.classifier, TransformerClassifier):
             kind = type(self.classifier).__name__
             raise ValueError(f"{kind}: only a TransformerClassifier can be saved without pickling; load this model with engine='torch' first")
         with atomic_folder(path) as folder:
             self.classifier.save(folder / "classifier")
+            why = "saved without what is scored without torch"
             if runtime is True:
-                export_onnx(self.classifier, folder / "runtime")
+                try:
+                    export_onnx(self.classifier, folder / "runtime")
+                except ExportError as e:
+                    runtime, why = False, str(e)
             elif runtime:
                 copytree(runtime, folder / "runtime")
-            engine = read_json(folder / "runtime/runtime.json")["engine"] if runtime else "torch"
+            engine = {"engine": read_json(folder / "runtime/runtime.json")["engine"]} if runtime else {"engine": "torch", "why": why}
             write_json(folder / "model.json", {
-                "format": FORMAT, "name": self.name, "classes": self.classes_.tolist(), "engine": engine,
+                "format": FORMAT, "name": self.name, "classes": self.classes_.tolist(), **engine,
                 "before": [_described(s) for s in self.before], "after": [_described(s) for s in self.after],
             })
         return Path(path)

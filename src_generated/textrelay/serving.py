@@ -463,7 +463,7 @@ def app(
         exception_handlers={HTTPException: refuse},
     )
 
-# %% ../../nbs/lib/40_serving.ipynb #d7f7b4c3
+# %% ../../nbs/lib/40_serving.ipynb #db311598
 def serve(
     path: str | Path,         # a bundle, or the folder of a saved model
     *,
@@ -477,8 +477,9 @@ def serve(
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     bundle = read_bundle(path)
-    if read_json(bundle.model / "model.json").get("engine") == "torch":
-        raise ValueError(f"{bundle.model}: saved without what is served; save it again with runtime=True")
+    saved = read_json(bundle.model / "model.json")
+    if saved["engine"] == "torch":
+        log.warning("served by torch, slower and larger: %s", saved.get("why"))
     model = Model.load(bundle.model, threads=threads, release=bundle.facts["release"])
     log.info("%s, release %s: loaded, listening on http://%s:%d", bundle.facts["name"], bundle.facts["release"], host, port)
     uvicorn.run(
