@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -43,8 +44,8 @@ def messages(n: int) -> Iterator[dict[str, Any]]:
         yield {"id": f"m{k}", "text": " ".join(draw.sample(WORDS[label].split(), 3)) + f"\n{k}, \"quoted\"", "intent": label}
 
 
-def scoring(model: Path, source: Path, target: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "textrelay.cli", "score", str(source), str(target), "--model", str(model), "--label", "intent"]
+def scoring(model: Path, source: Path, target: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "textrelay.cli", "score", str(source), str(target), "--model", str(model), "--label", "intent", *more]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
@@ -80,6 +81,24 @@ def test_killed_and_started_again_every_row_is_there_once(model: Path, tmp_path:
     assert [(r["predicted"], r["status"]) for r in scored] == [(r["predicted"], r["status"]) for r in undisturbed]
     assert [float(r["p.positive"]) for r in scored] == pytest.approx([r["p.positive"] for r in undisturbed], abs=1e-6)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["mail.csv", target.name, "whole.jsonl"])
+
+
+@pytest.mark.skipif(not shutil.which("java"), reason="no java on PATH; Spark needs one (Debian: default-jre-headless)")
+def test_spark_gives_the_same_answers(model: Path, tmp_path: Path) -> None:
+    rows = [*messages(500), {"id": "away", "text": "Automatic reply: I am out of office until Monday.", "intent": "positive"}]
+    source, spark, local = write_table(tmp_path / "mail.csv", rows), tmp_path / "spark.parquet", tmp_path / "local.parquet"
+    process = scoring(model, source, spark, "--engine", "spark")
+    said = process.communicate(timeout=200)[1]
+    assert process.returncode == 0 and "501 rows, " in said, said
+    assert scoring(model, source, local).wait(120) == 0
+    ours = {r["id"]: r for part in sorted(spark.glob("part-*")) for r in read_table(part)}
+    theirs = {r["id"]: r for r in read_table(local)}
+    assert len(ours) == 501 and ours.keys() == theirs.keys() and list(ours["m0"]) == list(theirs["m0"])
+    for name, row in ours.items():
+        assert {k: v for k, v in row.items() if k != "ms" and not k.startswith("p.")} == {k: v for k, v in theirs[name].items() if k != "ms" and not k.startswith("p.")}
+        assert all(row[k] == theirs[name][k] or abs(row[k] - theirs[name][k]) < 1e-5 for k in row if k.startswith("p."))
+    again = scoring(model, source, spark, "--engine", "spark")
+    assert "exists; Spark writes a new folder" in again.communicate(timeout=60)[1] and again.returncode == 1
 
 
 @pytest.mark.soak
