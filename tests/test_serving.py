@@ -516,7 +516,7 @@ def test_a_dead_process_is_listed_as_dead_and_can_be_replaced(target: LocalTarge
 def test_a_hung_process_is_dead_and_is_killed_for_its_port(
     target: LocalTarget, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(targets, "_stop", partial(targets._stop, timeout_s=3))
+    monkeypatch.setattr(targets, "_stop", partial(targets._stop, timeout_s=0.5))
     one = target.deploy(tiny_bundle, "reply-intent")
     os.kill(one.pid, signal.SIGSTOP)
     assert target.endpoints()[0].status == "dead"
