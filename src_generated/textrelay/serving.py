@@ -43,10 +43,13 @@ from .model import Model
 log = logging.getLogger("textrelay.serving")  # not __name__, which is __main__ in the serving process
 
 # %% auto #0
-__all__ = ['log', 'READERS', 'FACTS', 'media_type', 'read_request', 'Bundle', 'read_bundle', 'remembering', 'Tally', 'JsonLines',
-           'openapi', 'Watch', 'app', 'serve', 'main']
+__all__ = ['log', 'WRAPPERS', 'READERS', 'FACTS', 'media_type', 'read_request', 'Bundle', 'read_bundle', 'remembering', 'Tally',
+           'JsonLines', 'openapi', 'Watch', 'app', 'serve', 'main']
 
-# %% ../../nbs/lib/40_serving.ipynb #2ddaa376
+# %% ../../nbs/lib/40_serving.ipynb #1833499d
+WRAPPERS = ("inputs", "dataframe_records", "dataframe_split")  # MLflow's
+
+
 def _decode(body: bytes, options: dict[str, str]) -> str:
     charset = options.get("charset", "utf-8")
     try:
@@ -73,7 +76,7 @@ def _read_json(body: bytes, options: dict[str, str]) -> list[Any]:
         return value
     if not isinstance(value, (str, dict)):
         raise ValueError(f"expected a message or a list of messages, found {type(value).__name__}")
-    wrapper = next((w for w in ("inputs", "dataframe_records", "dataframe_split") if w in value), "") if isinstance(value, dict) else ""
+    wrapper = next((w for w in WRAPPERS if w in value), "") if isinstance(value, dict) else ""
     if isinstance(value, str) or not wrapper:
         return [value]
     if len(value) > 1:
@@ -285,7 +288,7 @@ class JsonLines(logging.Formatter):
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         return json.dumps({"time": time, "level": record.levelname, "logger": record.name, "event": record.getMessage(), **facts})
 
-# %% ../../nbs/lib/40_serving.ipynb #4019f416
+# %% ../../nbs/lib/40_serving.ipynb #ab02be18
 def _object(**properties: Any) -> dict[str, Any]:
     return {"type": "object", "required": list(properties), "properties": properties}
 
@@ -304,11 +307,10 @@ def openapi(
     "What is accepted and answered."
     text, nothing, texts = {"type": "string"}, {"type": "null"}, {"type": "array", "items": {"type": "string"}}
     maybe, share, true = {"type": ["string", "null"]}, {"type": "number", "minimum": 0, "maximum": 1}, {"type": "boolean"}
-    wrappers = ("inputs", "dataframe_records", "dataframe_split")
     one = {"oneOf": [text, {"$ref": "#/components/schemas/Message"}]}
     split = _object(columns=texts, data={"type": "array", "items": {"type": "array"}})
     inputs = [one, {"type": "array", "items": one, "minItems": 1, "maxItems": max_rows}]
-    wrapped = dict.fromkeys(wrappers[:2], {"type": "array", "items": one, "minItems": 1}) | {wrappers[2]: split}
+    wrapped = dict.fromkeys(WRAPPERS[:2], {"type": "array", "items": one, "minItems": 1}) | {WRAPPERS[2]: split}
     inputs += [{**_object(**{w: schema}), "additionalProperties": False} for w, schema in wrapped.items()]
     error = _json_content({"$ref": "#/components/schemas/Error"}, "What is wrong and what to do.")
     fields = {"id": {"type": ["string", "integer", "null"]}, "text": maybe, "raw": {**maybe, "description": "a whole message, RFC 5322"}, "subject": maybe,
@@ -316,7 +318,7 @@ def openapi(
     schemas = {
         "Message": {"type": "object", "description": "One of 'text' and 'raw'. Other fields are ignored.", "properties": fields,
                     "oneOf": [{"required": [k], "properties": {k: text}} for k in ("text", "raw")],
-                    "not": {"anyOf": [{"required": [w]} for w in ("inputs", "dataframe_records", "dataframe_split")]}},
+                    "not": {"anyOf": [{"required": [w]} for w in WRAPPERS]}},
         "Prediction": _object(
             id=text, label={"enum": [*labels, None]}, score={"anyOf": [nothing, share]},
             scores={"anyOf": [nothing, {"type": "object", "required": list(labels), "additionalProperties": share}]},
@@ -339,11 +341,11 @@ def openapi(
         "components": {"schemas": schemas},
     }
 
-# %% ../../nbs/lib/40_serving.ipynb #b7a8574c
+# %% ../../nbs/lib/40_serving.ipynb #1eba879f
 class Watch:
     "ASGI middleware: the release on every response, one log line a request, a number instead of a traceback."
 
-    def __init__(self, app: ASGIApp, release: str | None, tally: Tally | None = None) -> None:
+    def __init__(self, app: ASGIApp, release: str | None, tally: Tally) -> None:
         self.app, self.release, self.tally = app, release, tally
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -370,7 +372,7 @@ class Watch:
                 await JSONResponse({"error": f"internal error {number}; the server's log says where"}, 500)(scope, receive, watched)
         finally:
             milliseconds = (time.perf_counter() - start) * 1000
-            if self.tally and scope["path"] == "/invocations":
+            if scope["path"] == "/invocations":
                 self.tally.requests.labels(status).inc()
                 self.tally.seconds.observe(milliseconds / 1000)
             facts = {"method": scope["method"], "path": quote(scope["path"])[:80], "status": status, "rows": scope.get("rows", 0), "ms": round(milliseconds, 1)}
