@@ -46,5 +46,5 @@ lab: .venv/installed  ## JupyterLab on the notebooks; git diffs of them by nbdim
 	jupyter lab nbs
 
 clean:  ## stop this checkout's endpoints and delete its state (.textrelay), not the environment
-	-@test -x $(BIN)/textrelay && for name in $$($(BIN)/textrelay endpoints --json | $(BIN)/python -c 'import json, sys; print(*[e["name"] for e in json.load(sys.stdin)])'); do $(BIN)/textrelay endpoints --stop $$name; done
+	-@test -x $(BIN)/textrelay && for name in $$($(BIN)/textrelay endpoints --json | $(BIN)/python -c 'import json, sys; print(*[e["name"] for e in json.load(sys.stdin)])'); do $(BIN)/textrelay endpoints $$name --delete; done
 	rm -rf .textrelay build

@@ -34,7 +34,7 @@ def workplace(tmp_path_factory):
     os.environ["TEXTRELAY_HOME"], before = str(place.home), os.environ.get("TEXTRELAY_HOME")
     yield place
     for endpoint in json.loads(place.textrelay("endpoints", "--json").stdout):
-        place.textrelay("endpoints", "--stop", endpoint["name"])
+        place.textrelay("endpoints", endpoint["name"], "--delete")
     os.environ.pop("TEXTRELAY_HOME")
     if before:
         os.environ["TEXTRELAY_HOME"] = before
@@ -143,7 +143,7 @@ def test_what_did_not_change_is_not_run_again(workplace, chain):
     assert json.loads(same.stdout)["results"] == chain["results"] and json.loads(same.stdout)["run_id"] != chain["run_id"]
     for stage, result in chain["results"].items():
         assert f"{stage}: nothing changed since run {result['run_id']}" in same.stderr
-    workplace.textrelay("endpoints", "--stop", chain["results"]["deploy"]["endpoint"])
+    workplace.textrelay("endpoints", chain["results"]["deploy"]["endpoint"], "--delete")
     again = workplace.textrelay("run", "params/ci.yaml", "--json")
     assert again.stderr.count("nothing changed") == 3 and "deploy: endpoint moved since run" in again.stderr
     assert json.loads(again.stdout)["results"]["deploy"]["release"] == chain["results"]["wrap"]["release"]

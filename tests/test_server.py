@@ -155,7 +155,7 @@ def place(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         place.params(f"chain{n}.yaml", train=train, **rest)
     yield place
     for endpoint in LocalTarget(place.state).endpoints():
-        LocalTarget(place.state).stop(endpoint.name)
+        LocalTarget(place.state).delete(endpoint.name)
 
 
 @pytest.fixture(scope="module")

@@ -95,7 +95,7 @@ def run_chain(params: str, *settings: str) -> subprocess.CompletedProcess:
 
 
 def stop(endpoint: str) -> None:
-    subprocess.run([sys.executable, "-m", "textrelay.cli", "endpoints", "--stop", endpoint], cwd=ROOT, capture_output=True)
+    subprocess.run([sys.executable, "-m", "textrelay.cli", "endpoints", endpoint, "--delete"], cwd=ROOT, capture_output=True)
 
 
 def column(notebook: dict, name: str) -> list[str]:

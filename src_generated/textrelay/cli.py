@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 # %% auto #0
-__all__ = ['main', 'run', 'serve', 'endpoints', 'score', 'publish', 'consume', 'ui']
+__all__ = ['main', 'run', 'serve', 'deploy', 'shift', 'rollback', 'endpoints', 'captured', 'score', 'publish', 'consume', 'ui']
 
 # %% ../../nbs/lib/61_cli.ipynb #51850424
 class _Verb(click.Command):
@@ -111,7 +111,7 @@ def _report(run_id: str, results: dict[str, dict[str, Any]]) -> str:
         lines += [
             "", f"endpoint   {endpoint}  (release {results['deploy']['release'][:19]}…)", "try it     "
             f"curl -s -H 'Content-Type: message/rfc822' --data-binary @{sample} {endpoint}/invocations",
-            "stop it    textrelay endpoints --stop " + results["deploy"]["endpoint"],
+            f"stop it    textrelay endpoints {results['deploy']['endpoint']} --delete",
         ]
     return "\n".join([*lines, "all runs   textrelay ui"])
 
@@ -120,30 +120,106 @@ def _report(run_id: str, results: dict[str, dict[str, Any]]) -> str:
 @click.argument("bundle", default="/opt/ml/model", type=click.Path(exists=True, file_okay=False))
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 inside a container.")
 @click.option("--port", default=8080, show_default=True, type=click.IntRange(1, 65535), help="Port to listen on.")
-@click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads of the scoring engine.")
-def serve(bundle: str, host: str, port: int, threads: int) -> None:
+@click.option("--workers", default=0, type=click.IntRange(0), help="Processes that hold the model; 0: one a processor core, at most 8.  [default: 0]")
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads of the scoring engine in each worker.")
+@click.option("--cache", default=10_000, show_default=True, type=click.IntRange(0), help="Answers to keep for exact duplicates; 0 for none.")
+def serve(bundle: str, host: str, port: int, workers: int, threads: int, cache: int) -> None:
     """Serve a bundle or saved model in the foreground: GET /ping, POST /invocations (SageMaker's contract)."""
+    from textrelay.serving import Settings
     from textrelay.serving import serve as serve_forever
 
-    serve_forever(bundle, host=host, port=port, threads=threads)
+    serve_forever(Settings.of({"variants": {"AllTraffic": {"path": bundle}}, "workers": workers, "threads": threads, "cache": cache}), host=host, port=port)
 
 
 @main.command()
-@click.option("--stop", metavar="NAME", help="Stop this endpoint.")
+@click.argument("bundle", metavar="BUNDLE")
+@click.argument("name")
+@click.option("--port", type=click.IntRange(1, 65535), help="Port of a new endpoint (default: the first free one from 8080).")
+@click.option("--share", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True), help="Of the traffic; below 1: a candidate beside what serves.")
+@click.option("--shadow", is_flag=True, help="Only copies of the traffic; its answers are counted, not given.")
+@click.option("--capture", type=click.FloatRange(0, 1), help="Share of the endpoint's requests to record, redacted (default: as it was; at first 0).")
 @_json
-def endpoints(stop: str | None, as_json: bool) -> None:
-    """List the endpoints of this machine, or stop one."""
+def deploy(bundle: str, name: str, port: int | None, share: float, shadow: bool, capture: float | None, as_json: bool) -> None:
+    """Let BUNDLE (a folder, or 'models:/name@alias') serve as endpoint NAME of this machine.
+
+    It must answer its golden rows before it gets traffic; what serves now goes on until then, and no request is lost."""
+    from textrelay.targets import LocalTarget
+
+    options = {} if capture is None else {"capture": capture}
+    _endpoint(LocalTarget().deploy(_folder(bundle), name, port=port, share=share, shadow=shadow, options=options), as_json)
+
+
+@main.command()
+@click.argument("name")
+@click.argument("share", type=click.FloatRange(0, 1))
+@_json
+def shift(name: str, share: float, as_json: bool) -> None:
+    """Give the candidate of endpoint NAME another SHARE of the traffic; 1: it becomes the current release, 0: it is withdrawn."""
+    from textrelay.targets import LocalTarget
+
+    _endpoint(LocalTarget().shift(name, share), as_json)
+
+
+@main.command()
+@click.argument("name")
+@_json
+def rollback(name: str, as_json: bool) -> None:
+    """Return endpoint NAME to the release that it served before."""
+    from textrelay.targets import LocalTarget
+
+    _endpoint(LocalTarget().rollback(name), as_json)
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--start", is_flag=True, help="Start it, anew if it runs.")
+@click.option("--delete", is_flag=True, help="Stop it and forget it; its recordings stay.")
+@_json
+def endpoints(name: str | None, start: bool, delete: bool, as_json: bool) -> None:
+    """List the endpoints of this machine; with NAME, show one, start it, or delete it."""
     from dataclasses import asdict
 
     from textrelay.targets import LocalTarget
 
     target = LocalTarget()
-    if stop:
-        target.stop(stop)
-        click.echo(f"stopped {stop}", err=True)
+    if (start or delete) and not name or start and delete:
+        raise click.UsageError("name one endpoint, and one of --start and --delete")
+    if start:
+        return _endpoint(target.start(str(name)), as_json)
+    if delete:
+        target.delete(str(name))
+        click.echo(f"deleted {name}", err=True)
+    elif name:
+        return _say(target.status(name), True, "")
     found = target.endpoints()
-    text = "\n".join(f"{e.name}  {e.status:8} {e.url}  {(e.release or 'no release')[:19]}  since {e.started}" for e in found)
-    _say([asdict(e) for e in found], as_json, text or "no endpoints; textrelay run params/quickstart.yaml starts one")
+    _say([asdict(e) for e in found], as_json, "\n".join(map(_line, found)) or "no endpoints; textrelay run params/quickstart.yaml starts one")
+
+
+def _line(e: Any) -> str:
+    more = [f"candidate {e.candidate['facts']['release'][:19]} ({e.candidate['share']:.0%})"] if e.candidate else []
+    more += [f"shadow {e.shadow['facts']['release'][:19]}"] if e.shadow else []
+    return "  ".join([e.name, f"{e.status:8}{e.url}", (e.release or "no release")[:19], f"since {e.started}", *more])
+
+
+def _endpoint(e: Any, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    _say(asdict(e), as_json, _line(e))
+
+
+@main.command()
+@click.argument("folder")
+@click.argument("out", type=click.Path())
+def captured(folder: str, out: str) -> None:
+    """Write what an endpoint recorded as a table to OUT (.jsonl or .csv): FOLDER of recordings, or the name of an endpoint."""
+    from textrelay.capture import read_capture
+    from textrelay.core import write_table
+    from textrelay.targets import LocalTarget
+
+    path = Path(folder) if Path(folder).is_dir() else LocalTarget().captured(folder)
+    rows = list(read_capture(path))
+    write_table(out, [{**row, "headers": json.dumps(row["headers"])} for row in rows] if out.endswith(".csv") else rows)
+    click.echo(f"{len(rows)} messages -> {out}", err=True)
 
 
 @main.command()
@@ -161,7 +237,7 @@ def score(file: str, out: str | None, model: str, text: str, label: str | None, 
     from textrelay.batch import score_file, score_with_spark
     from textrelay.core import digest_file, digest_tree
     from textrelay.model import Model
-    from textrelay.serving import read_bundle
+    from textrelay.worker import read_bundle
 
     folder, seen = _folder(model), 0
     release = read_bundle(folder).facts.get("release") or digest_tree(folder)

@@ -67,6 +67,8 @@ class Params:
         deep: bool = True,  # as scikit-learn asks; these steps hold no estimators
     ) -> dict[str, Any]:    # the constructor's arguments
         "Parameters of the constructor with their present values."
+        if type(self).__init__ is object.__init__:  # its signature shows *args and **kwargs
+            return {}
         return {name: getattr(self, name) for name in inspect.signature(type(self).__init__).parameters if name != "self"}
 
     def set_params(self, **params: Any) -> Any:  # itself
