@@ -105,7 +105,7 @@ def post(port: int, body: Any, content_type: str, **headers: str) -> tuple[int, 
 def server(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]:
     "Port and log of a real server that remembers nothing, watched for what it imports."
     port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
-    command = [sys.executable, "-m", "textrelay.serving", str(tiny_bundle), "--port", str(port), "--cache", "0", "--workers", "1"]
+    command = [sys.executable, "-m", "textrelay.serving", str(tiny_bundle), "--port", str(port), "--cache", "0"]
     with running(command, f"http://127.0.0.1:{port}/ping", log, {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}):  # of the worker, too
         yield port, log
 
@@ -362,7 +362,7 @@ def test_a_full_queue_answers_503_at_once_and_ping_goes_on(tiny_bundle: Path, tm
     saved["before"].append({"class": "privatefilters.Gate", "params": {"folder": str(tmp_path)}})
     write_json(tmp_path / "model" / "model.json", saved)
     port = free_port()
-    command = [sys.executable, "-m", "textrelay.serving", str(tmp_path / "model"), "--port", str(port), "--queue", "1", "--workers", "1"]
+    command = [sys.executable, "-m", "textrelay.serving", str(tmp_path / "model"), "--port", str(port), "--queue", "1", "--threads", "1"]
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     with running(command, f"http://127.0.0.1:{port}/ping", tmp_path / "log", env), ThreadPoolExecutor(3) as pool:
         try:

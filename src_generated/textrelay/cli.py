@@ -120,8 +120,8 @@ def _report(run_id: str, results: dict[str, dict[str, Any]]) -> str:
 @click.argument("bundle", default="/opt/ml/model", type=click.Path(exists=True, file_okay=False))
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 inside a container.")
 @click.option("--port", default=8080, show_default=True, type=click.IntRange(1, 65535), help="Port to listen on.")
-@click.option("--workers", default=0, type=click.IntRange(0), help="Processes that hold the model; 0: one a processor core, at most 8.  [default: 0]")
-@click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads of the scoring engine in each worker.")
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Processes, each with a copy of the model.")
+@click.option("--threads", default=0, type=click.IntRange(0), help="Of the engine in each (default: one a processor core, at most 8).")
 @click.option("--cache", default=10_000, show_default=True, type=click.IntRange(0), help="Answers to keep for exact duplicates; 0 for none.")
 def serve(bundle: str, host: str, port: int, workers: int, threads: int, cache: int) -> None:
     """Serve a bundle or saved model in the foreground: GET /ping, POST /invocations (SageMaker's contract)."""

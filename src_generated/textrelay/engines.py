@@ -22,10 +22,11 @@ from .metrics import Scores, compare
 from .runtime import BATCH, ENGINES, ExportedClassifier, _softmax
 
 BASE = "onnxruntime float32"  # what `export_onnx` writes; all others are built from it and compared with it
+WIDTHS = (*range(16, 129, 16), *range(160, 257, 32), *range(320, 513, 64))  # word pieces that OpenVINO's rows are padded to
 SAME = {"openvino int8+bfloat16": "openvino int8"}  # the same network; what is not in 8 bits is computed in other ones
 
 # %% auto #0
-__all__ = ['BASE', 'SAME', 'TIMED', 'FALL', 'AGREE', 'MOVE', 'installed_engines', 'build_engine', 'measure_engines',
+__all__ = ['BASE', 'WIDTHS', 'SAME', 'TIMED', 'FALL', 'AGREE', 'MOVE', 'installed_engines', 'build_engine', 'measure_engines',
            'choose_engine']
 
 # %% ../../nbs/lib/23_engines.ipynb #b70f35ec
@@ -50,7 +51,8 @@ def build_engine(
     with atomic_folder(path) as folder:
         shutil.copytree(exported, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("model.*"))
         settings = read_json(exported / "runtime.json")
-        write_json(folder / "runtime.json", {**settings, "engine": name, "precision": precision})
+        widths = {"widths": [w for w in WIDTHS if w < settings["max_length"]] + [settings["max_length"]]} if name == "openvino" else {}
+        write_json(folder / "runtime.json", {**settings, "engine": name, "precision": precision, **widths})
         if f"{settings['engine']} {settings['precision']}" in (engine, SAME.get(engine)):
             for file in exported.glob("model.*"):
                 shutil.copy(file, folder)
@@ -90,7 +92,8 @@ def _convert_openvino(exported: Path, target: Path, texts: Sequence[str] | None)
         kind, preset = nncf.ModelType.TRANSFORMER, nncf.QuantizationPreset.MIXED
         rich.reconfigure(quiet=True, force_jupyter=False)  # NNCF draws its bars on rich's own console; they would fill the report
         try:
-            model = nncf.quantize(model, nncf.Dataset(batches), model_type=kind, preset=preset, subset_size=len(batches))
+            floats = nncf.IgnoredScope(types=["Gather"])  # embeddings: a look-up gains nothing, and in 32 bits they stay in the file, which processes share
+            model = nncf.quantize(model, nncf.Dataset(batches), model_type=kind, preset=preset, subset_size=len(batches), ignored_scope=floats)
         finally:
             rich.reconfigure()
     for n, node in enumerate(model.get_ordered_ops()):

@@ -12,6 +12,7 @@ from email import message_from_bytes
 from email.header import decode_header
 from email.message import Message
 from email.parser import BytesHeaderParser
+from functools import lru_cache
 from typing import Any
 
 import quotequail
@@ -386,6 +387,14 @@ def current_reply(
         return text
     if cut is not None:
         return _guarded(cut, text)
+    return _newest(text) if len(text) <= _KEPT else _newest.__wrapped__(text)
+
+
+_KEPT = 20_000  # characters
+
+
+@lru_cache(256)  # two filters ask for the same reply, one after the other
+def _newest(text: str) -> str:
     return _guarded(cut_with_quotequail, _guarded(cut_known_forms, text))
 
 # %% ../../nbs/lib/01_mail.ipynb #46d9bf9f

@@ -5,20 +5,24 @@
 # %% ../../nbs/lib/21_runtime.ipynb #26177d69
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from threading import Lock
+from queue import SimpleQueue
+from threading import Lock, Timer
 from typing import Any
 
 import numpy as np
 
 from .core import read_json
 
-BATCH = 16  # rows scored together in float32, after sorting by length
+BATCH = 16  # rows scored together, after sorting by length
+WIDEN_S = 1.0  # seconds after its start OpenVINO makes the network for a call that is alone
+CROWDED_S = 0.1  # seconds after two calls at the same time in which a call is not taken for one that is alone
 Batch = dict[str, np.ndarray]  # input name -> table of rows and pieces
 
 # %% auto #0
-__all__ = ['BATCH', 'Batch', 'ENGINES', 'ExportedClassifier']
+__all__ = ['BATCH', 'WIDEN_S', 'CROWDED_S', 'Batch', 'ENGINES', 'ExportedClassifier']
 
 # %% ../../nbs/lib/21_runtime.ipynb #2b23b566
 def _onnxruntime(path: Path, precision: str, threads: int) -> Callable[[Batch], np.ndarray]:
@@ -26,6 +30,7 @@ def _onnxruntime(path: Path, precision: str, threads: int) -> Callable[[Batch], 
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # a thread that waits for work would keep others from theirs
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(path / "model.onnx"), options, providers=["CPUExecutionProvider"])
     return lambda batch: session.run(["logits"], batch)[0]
@@ -36,12 +41,36 @@ def _openvino(path: Path, precision: str, threads: int) -> Callable[[Batch], np.
         import openvino
     except ModuleNotFoundError:
         raise ModuleNotFoundError(f"{path}: made for OpenVINO, which is not installed; pip install 'textrelay[openvino]'", name="openvino") from None
-    hint = {"INFERENCE_PRECISION_HINT": "bf16" if "bfloat16" in precision else "f32", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
-    request, turn = openvino.Core().compile_model(str(path / "model.xml"), "CPU", hint).create_infer_request(), Lock()
+    core = openvino.Core()
+    hint = {"INFERENCE_PRECISION_HINT": "bf16" if "bfloat16" in precision else "f32", "INFERENCE_NUM_THREADS": threads,
+            "ENABLE_CPU_PINNING": False}  # every process would take the first core for itself
+    model = core.compile_model(str(path / "model.xml"), "CPU", {**hint, "NUM_STREAMS": threads})
+    idle, wide, turn, busy, crowded = SimpleQueue[Any](), SimpleQueue[Any](), Lock(), 0, 0.0
+    for _ in range(threads):
+        idle.put(model.create_infer_request())
+
+    def widen() -> None:
+        wide.put(core.compile_model(str(path / "model.xml"), "CPU", {**hint, "NUM_STREAMS": 1}).create_infer_request())
+
+    if threads > 1:
+        later = Timer(WIDEN_S, widen)  # what starts must not wait for it
+        later.daemon = True
+        later.start()
 
     def run(batch: Batch) -> np.ndarray:
-        with turn:  # a request holds the tensors of one call
-            return np.array(request.infer(batch)[0])
+        nonlocal busy, crowded
+        with turn:
+            now = time.monotonic()
+            crowded = now if busy else crowded
+            requests = idle if now - crowded < CROWDED_S or wide.empty() else wide
+            busy += 1
+        request = requests.get()
+        try:
+            return np.array(request.infer(batch)[0])  # a copy: a request holds the tensors of one call
+        finally:
+            requests.put(request)
+            with turn:
+                busy -= 1
 
     return run
 
@@ -56,7 +85,7 @@ class ExportedClassifier:
         self,
         path: str | Path,   # folder that `classifier.export_onnx` or `engines.build_engine` wrote
         *,
-        threads: int = 1,   # of the engine, for one call
+        threads: int = 1,   # of the engine, for all calls
     ) -> None:
         from tokenizers import Tokenizer
 
@@ -73,22 +102,32 @@ class ExportedClassifier:
         self._tokenizer = Tokenizer.from_file(str(self.path / "tokenizer.json"))
         self._tokenizer.no_padding()  # tokenizer.json may carry settings of its author's; ours are in runtime.json
         self._tokenizer.enable_truncation(self.max_length)
-        self._rows = BATCH if precision == "float32" else 1  # the others round by what is in a batch, so rows would depend on their neighbours
+        self._widths: list[int] = settings.get("widths", [])  # part of the model, since they show in its answers
+        self._rows = BATCH if precision == "float32" or self._widths else 1
         self._run = start(self.path, precision, threads)
 
     def predict_proba(
         self,
         X: Iterable[str],          # n texts
-        batch_size: int | None = None,  # rows of like length scored together; None: BATCH in float32, else 1
+        batch_size: int | None = None,  # rows of like length scored together; None: BATCH, or 1 where a row would depend on its neighbours
     ) -> np.ndarray:               # shape (n, k), float64, rows sum to 1, columns as in `classes_`
         "Class probabilities of each text, in the order given."
-        encoded = self._tokenizer.encode_batch(list(X))
+        texts = list(X)
+        encoded = self._tokenizer.encode_batch(texts) if len(texts) > BATCH else [self._tokenizer.encode(x) for x in texts]  # a batch wakes threads
         out, size = np.zeros((len(encoded), len(self.classes_))), batch_size or self._rows
         order = sorted(range(len(encoded)), key=lambda n: len(encoded[n].ids))  # neighbours of one length need no padding
-        for start in range(0, len(order), size):
+        start = 0
+        while start < len(order):
             rows = order[start : start + size]
+            if self._widths:
+                width = self._width(len(encoded[rows[0]].ids))
+                rows = [n for n in rows if self._width(len(encoded[n].ids)) == width]
             out[rows] = _softmax(self._run(self._batch([encoded[n] for n in rows])).astype(np.float64))
+            start += len(rows)
         return out
+
+    def _width(self, pieces: int) -> int:
+        return next((w for w in self._widths if w >= pieces), pieces)
 
     def predict(
         self,
@@ -98,7 +137,7 @@ class ExportedClassifier:
         return self.classes_[self.predict_proba(X).argmax(axis=1)]
 
     def _batch(self, rows: Sequence[Any]) -> Batch:
-        longest = max(len(r.ids) for r in rows)
+        longest = self._width(max(len(r.ids) for r in rows))
         columns = {"input_ids": ("ids", self._pad), "attention_mask": ("attention_mask", 0), "token_type_ids": ("type_ids", 0)}
         batch: Batch = {}
         for name in self._inputs:

@@ -38,7 +38,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 __all__ = ['log', 'Receive', 'Send', 'SMALL', 'Response', 'OPTIONS', 'Variant', 'Settings', 'Cache', 'Metrics', 'Front', 'serve',
            'main']
 
-# %% ../../nbs/lib/45_serving.ipynb #4c6c3229
+# %% ../../nbs/lib/45_serving.ipynb #8c9d294b
 @dataclass(frozen=True)
 class Variant:
     "One model of an endpoint."
@@ -54,8 +54,8 @@ class Settings:
 
     variants: dict[str, Variant]
     shadow: Variant | None = None
-    workers: int = 0              # processes a variant; 0: one a processor core, at most 8
-    threads: int = 1              # of the engine in each worker
+    workers: int = 1              # processes a variant, each with a copy of the model
+    threads: int = 0              # of the engine in each, and requests that it has in hand; 0: one a processor core, at most 8
     queue: int = 64               # requests that may wait, a variant
     timeout_s: float = 60         # for a request to come in, and for its answer (SageMaker's own limit)
     cache: int = 10_000           # answers to keep for exact duplicates, about a kilobyte each; 0: none
@@ -78,7 +78,7 @@ class Settings:
         made = cls(**{**values, "variants": variants, "shadow": Variant(**values["shadow"]) if values.get("shadow") else None})
         if not variants or not sum(v.weight for v in variants.values()) > 0 or min(v.weight for v in variants.values()) < 0:
             raise ValueError(f"weights {[v.weight for v in variants.values()]}: expected at least one variant, none below 0, not all 0")
-        for name, low, high in (("workers", 0, 64), ("threads", 1, 256), ("queue", 1, 100_000), ("timeout_s", 0, 3600), ("cache", 0, 10**8), ("capture", 0, 1)):
+        for name, low, high in (("workers", 1, 64), ("threads", 0, 64), ("queue", 1, 100_000), ("timeout_s", 0, 3600), ("cache", 0, 10**8), ("capture", 0, 1)):
             if not low <= getattr(made, name) <= high:
                 raise ValueError(f"{name} {getattr(made, name)!r}: expected {low} to {high}")
         if made.capture and not made.capture_to:
@@ -174,7 +174,7 @@ class _Running:
 
 async def _running(name: str, variant: Variant, settings: Settings) -> _Running:
     "Verified and with a worker that is ready."
-    pool = Pool(variant.path, workers=settings.workers or min(os.cpu_count() or 1, 8), threads=settings.threads, queue=settings.queue)
+    pool = Pool(variant.path, workers=settings.workers, threads=settings.threads or min(os.cpu_count() or 1, 8), queue=settings.queue)
     starting = asyncio.create_task(pool.start())
     try:
         bundle = await asyncio.to_thread(read_bundle, variant.path)  # every file is read: meanwhile the workers load
@@ -384,7 +384,7 @@ class Front:
 
     async def _ask(self, r: _Running, job: dict[str, Any], body: bytes, receive: Receive, timeout_s: float) -> tuple[dict[str, Any], bytes]:
         try:
-            if r.pool.pending < r.pool.ready:  # a worker takes it at once
+            if r.pool.pending < r.pool.ready * r.pool.threads:  # a worker takes it at once
                 return await r.pool.ask(job, body, timeout_s)
             return await _unless_left(r.pool.ask(job, body, timeout_s), receive)
         except asyncio.QueueFull:
@@ -546,8 +546,8 @@ def main(
 
 
 OPTIONS = (
-    ("workers", int, "processes that hold the model, 0 for one a processor core, at most 8"),
-    ("threads", int, "threads of the engine in each worker"),
+    ("workers", int, "processes, each with a copy of the model"),
+    ("threads", int, "of the engine in each, 0 for one a processor core, at most 8"),
     ("queue", int, "requests that may wait"),
     ("timeout_s", float, "seconds for a request to come in, and for its answer"),
     ("cache", int, "answers to keep for exact duplicates, 0 for none"),
