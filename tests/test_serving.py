@@ -545,3 +545,124 @@ def test_a_port_in_use_is_an_error_before_anything_starts(target: LocalTarget, t
         with pytest.raises(RuntimeError, match="is in use"):
             target.deploy(tiny_bundle, "reply-intent", port=taken.getsockname()[1])
     assert target.endpoints() == []
+
+
+# Change under load -------------------------------------------------------------------------------------------------------
+
+
+def clients(url: str, connections: int, stop: threading.Event) -> tuple[list[threading.Thread], Counter[str]]:
+    "Clients that ask, wait and ask again on a connection each; what came of it, by what the client saw."
+    seen: Counter[str] = Counter()
+    port = int(url.rpartition(":")[2])
+
+    def one(k: int) -> None:
+        draw, connection = random.Random(k), http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        while not stop.is_set():
+            n = draw.randrange(len(TEXTS))
+            try:
+                connection.request("POST", "/invocations", TEXTS[n], {"content-type": "text/plain"})
+                answer = connection.getresponse()
+                said = json.loads(answer.read())
+                right = answer.status == 200 and said["predictions"][0]["label"] == LABELS[n % 3] and said["model"]["release"] == answer.headers["x-textrelay-release"]
+                seen[f"right, version {said['model']['version']}" if right else f"wrong: {answer.status} {said}"[:200]] += 1
+            except (OSError, http.client.HTTPException, ValueError) as e:
+                seen[f"failed: {type(e).__name__} {e}"] += 1
+                connection.close()
+        connection.close()
+
+    threads = [threading.Thread(target=one, args=(k,)) for k in range(connections)]
+    for thread in threads:
+        thread.start()
+    return threads, seen
+
+
+@pytest.mark.parametrize("seconds", [12, pytest.param(60, marks=pytest.mark.soak)])
+def test_no_request_is_lost_or_wrong_while_everything_changes(
+    target: LocalTarget, tiny_bundle: Path, another: Callable[[str], Path], seconds: int
+) -> None:
+    "Three deployments, a rollback, a broken model, a candidate, and workers that are killed, under load."
+    one, stop = target.deploy(tiny_bundle, "busy", options={"cache": 0}), threading.Event()
+    wrong_golden_row(broken := another("broken"))
+
+    def kill_a_worker() -> None:
+        front = psutil.Process(one.pid)
+        os.kill(next(p.pid for p in front.children() if "textrelay.worker" in p.cmdline()), signal.SIGKILL)
+
+    def refused() -> None:
+        with pytest.raises(RuntimeError, match="row 2: label"):
+            target.deploy(broken, "busy")
+
+    acts = [
+        lambda: target.deploy(another("8"), "busy"), kill_a_worker, lambda: target.deploy(another("9"), "busy"), refused, lambda: target.rollback("busy"),
+        lambda: target.deploy(another("10"), "busy", share=0.3), kill_a_worker, lambda: target.shift("busy", 1)]
+    threads, seen = clients(one.url, 32, stop)
+    try:
+        began = time.monotonic()
+        for n, act in enumerate(acts, 1):
+            time.sleep(max(0, began + n * seconds / (len(acts) + 1) - time.monotonic()))
+            act()
+        time.sleep(max(0, began + seconds - time.monotonic()))
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    print(f"{sum(seen.values())} answers: {dict(seen)}")
+    assert set(seen) == {f"right, version {v}" for v in ("7", "8", "9", "10")}, seen
+    assert target.endpoints()[0].facts["version"] == "10" and target.status("busy")["live"]["variants"]["current"]["workers"] == 1
+
+
+def test_a_deployment_that_is_cut_off_leaves_an_endpoint_that_works(target: LocalTarget, tiny_bundle: Path, another: Callable[[str], Path]) -> None:
+    one, two = target.deploy(tiny_bundle, "reply-intent"), another("2")
+    command = [sys.executable, "-m", "textrelay.cli", "deploy", str(two), "reply-intent"]
+    for after_s in (0.3, 0.6, 0.9, 1.2, 1.5):
+        deploying = subprocess.Popen(command, env={**os.environ, "TEXTRELAY_HOME": str(target.home)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(after_s)
+        deploying.kill()
+        deploying.wait()
+        assert works(one)
+        now, = target.endpoints()
+        assert now.status == "running" and now.facts["version"] in ("7", "2") and now.pid == one.pid
+    assert target.deploy(two, "reply-intent").facts["version"] == "2" and works(one)
+
+
+def test_what_an_endpoint_recorded_is_published_consumed_and_scored_again(
+    target: LocalTarget, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from textrelay import exchange
+    from textrelay.capture import read_capture
+    from textrelay.model import Model
+
+    monkeypatch.setenv("TEXTRELAY_HOME", str(tmp_path / "state"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    one = target.deploy(tiny_bundle, "recorded", options={"capture": 1})
+    secret = "no budget, write to jo.doe@example.com or call 0151 2345678"
+    deadline = time.monotonic() + 30
+    while not list(target.captured("recorded").rglob("*.jsonl")) and time.monotonic() < deadline:  # the recorder is not waited for
+        request(one.url, [{"text": secret, "id": "m1"}, AWAY.encode(), "stop remove"])
+        time.sleep(0.2)
+    target.delete("recorded")
+    published = exchange.publish(target.captured("recorded"), "live-mail")
+    rows = list(read_capture(exchange.consume(published.reference)))
+    assert [(r["status"], r["label"]) for r in rows[:3]] == [("scored", "objection"), ("suppressed", None), ("scored", "unsubscribe")]
+    assert rows[0]["id"] == "m1" and rows[0]["release"] == one.release and "jo.doe" not in str(rows) and "2345678" not in str(rows)
+    again = Model.load(tiny_bundle).answer(rows[:3])
+    assert [(r["status"], r["label"], r["reason"]) for r in again] == [(r["status"], r["label"], r["reason"]) for r in rows[:3]]
+    table = tmp_path / "live.jsonl"
+    subprocess.run([sys.executable, "-m", "textrelay.cli", "captured", str(target.captured("recorded")), str(table)], check=True)
+    assert len(read_table(table)) == len(rows)
+
+
+def test_a_shadow_is_asked_and_counted_and_never_answers(target: LocalTarget, tiny_bundle: Path, another: Callable[[str], Path]) -> None:
+    one = target.deploy(tiny_bundle, "watched", options={"cache": 0})
+    target.deploy(another("2"), "watched", shadow=True)
+    assert works(one) and works(one)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        with urllib.request.urlopen(f"{one.url}/metrics", timeout=30) as page:
+            counted = [m for f in text_string_to_metric_families(page.read().decode()) for m in f.samples]
+        found = {m.labels["outcome"]: m.value for m in counted if m.name == "textrelay_shadow_rows_total"}
+        if found.get("same") == 6:
+            break
+        time.sleep(0.05)
+    assert found == {"same": 6}
+    assert ask(one.port, "GET", "/ping")[1]["model"]["version"] == "7"
