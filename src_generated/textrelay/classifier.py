@@ -28,8 +28,10 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.metrics import f1_score
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d
+from tokenizers import Tokenizer
 
 from .core import IntegrityError, atomic_folder, digest_file, digest_json, read_json, write_json
+from .pieces import head_and_tail
 
 # %% auto #0
 __all__ = ['WORDS', 'CURVES', 'model_folder', 'tiny_model', 'has_bf16', 'TransformerClassifier', 'ExportError', 'export_onnx',
@@ -251,6 +253,7 @@ class TransformerClassifier(ClassifierMixin, BaseEstimator):
         sha256: str | None = None,     # expected digest of model.safetensors
         revision: str | None = None,   # branch, tag or commit on the hub
         max_length: int = 256,         # word pieces; the rest of a longer text is cut off
+        tail: int = 0,                 # how many of them are kept for the end of a longer text
         epochs: int = 3,               # at most; fewer when the validation part stops improving
         batch_size: int = 16,          # rows a step
         learning_rate: float = 5e-5,   # peak; linear warm-up, then linear decay to 0
@@ -269,6 +272,7 @@ class TransformerClassifier(ClassifierMixin, BaseEstimator):
         self.sha256 = sha256
         self.revision = revision
         self.max_length = max_length
+        self.tail = tail
         self.epochs = epochs
         self.batch_size = batch_size
         self.learning_rate = learning_rate
@@ -375,8 +379,33 @@ class TransformerClassifier(ClassifierMixin, BaseEstimator):
         self.network_.set_attn_implementation("eager")
 
     def _rows(self, texts: list[str], indices: np.ndarray) -> _Rows:
+        return _Rows([{**row, "labels": int(i)} for row, i in zip(self._encoded(texts), indices, strict=True)])
+
+    def _encoded(self, texts: list[str]) -> list[dict[str, list[int]]]:
+        if not texts:
+            return []
         encoded = self.tokenizer_(texts, truncation=True, max_length=self._length())
-        return _Rows([{**{k: v[n] for k, v in encoded.items()}, "labels": int(i)} for n, i in enumerate(indices)])
+        rows = [{k: v[n] for k, v in encoded.items()} for n in range(len(texts))]
+        if self.tail:
+            tokenizer = Tokenizer.from_str(self.tokenizer_.backend_tokenizer.to_str())
+            tokenizer.no_padding()
+            tokenizer.enable_truncation(self._length())
+            for row, text in zip(rows, texts, strict=True):
+                row["input_ids"] = head_and_tail(tokenizer.encode(text), self.tail).ids
+        return rows
+
+    def lengths(
+        self,
+        X: Iterable[str],  # n texts
+    ) -> np.ndarray:       # n numbers of word pieces, special ones included
+        "How long texts are; what is longer than `limit` is not read to its end."
+        texts = _texts(X)
+        return np.array([len(ids) for ids in self.tokenizer_(texts)["input_ids"]] if texts else [], dtype=int)
+
+    @property
+    def limit(self) -> int:
+        "Word pieces that are read of a text, special ones included."
+        return self._length()
 
     def _length(self) -> int:
         return min(self.max_length, self.tokenizer_.model_max_length, _positions(self.network_))
@@ -390,12 +419,12 @@ class TransformerClassifier(ClassifierMixin, BaseEstimator):
         check_is_fitted(self, "network_")
         texts = _texts(X)
         out = np.zeros((len(texts), len(self.classes_)))
-        encoded = self.tokenizer_(texts, truncation=True, max_length=self._length())["input_ids"] if texts else []
-        order = sorted(range(len(texts)), key=lambda n: len(encoded[n]))
+        encoded = self._encoded(texts)
+        order, collate = sorted(range(len(texts)), key=lambda n: len(encoded[n]["input_ids"])), transformers.DataCollatorWithPadding(self.tokenizer_)
         with torch.inference_mode():
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
-                batch = self.tokenizer_([texts[n] for n in rows], truncation=True, max_length=self._length(), padding=True, return_tensors="pt")
+                batch = collate([encoded[n] for n in rows])
                 out[rows] = torch.softmax(self.network_(**batch).logits.double(), dim=-1).numpy()
         return out
 
@@ -504,7 +533,7 @@ def export_onnx(
         clf.tokenizer_.backend_tokenizer.save(str(folder / "tokenizer.json"))
         write_json(folder / "runtime.json", {
             "engine": "onnxruntime", "precision": "float32", "classes": clf.classes_.tolist(), "max_length": clf._length(),
-            "inputs": list(example), "pad_id": clf.tokenizer_.pad_token_id, "pad_left": clf.tokenizer_.padding_side == "left",
+            "inputs": list(example), "pad_id": clf.tokenizer_.pad_token_id, "pad_left": clf.tokenizer_.padding_side == "left", **({"tail": clf.tail} if clf.tail else {}),
         })
     return Path(path)
 

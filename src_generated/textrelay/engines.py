@@ -88,7 +88,7 @@ def _convert_openvino(exported: Path, target: Path, texts: Sequence[str] | None)
 
         nncf.set_log_level(logging.ERROR)
         scorer = ExportedClassifier(exported)
-        batches = [scorer._batch([e]) for e in scorer._tokenizer.encode_batch(list(texts))]
+        batches = [scorer._batch([e]) for e in scorer._encode(list(texts))]
         kind, preset = nncf.ModelType.TRANSFORMER, nncf.QuantizationPreset.MIXED
         rich.reconfigure(quiet=True, force_jupyter=False)  # NNCF draws its bars on rich's own console; they would fill the report
         try:
@@ -146,7 +146,7 @@ def measure_engines(
 
 def _among_others(scorer: ExportedClassifier, texts: Sequence[str]) -> np.ndarray:
     "As they come, not sorted: short rows beside long ones are the worst that can happen."
-    parts = [scorer._tokenizer.encode_batch(list(texts[n : n + BATCH])) for n in range(0, len(texts), BATCH)]
+    parts = [scorer._encode(list(texts[n : n + BATCH])) for n in range(0, len(texts), BATCH)]
     logits = np.vstack([scorer._run(scorer._batch(part)) for part in parts]).astype(np.float64)
     return _softmax(logits)
 

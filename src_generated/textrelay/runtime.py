@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from .core import read_json
+from .pieces import head_and_tail
 
 BATCH = 16  # rows scored together, after sorting by length
 WIDEN_S = 1.0  # seconds after its start OpenVINO makes the network for a call that is alone
@@ -98,6 +99,7 @@ class ExportedClassifier:
         self.engine = f"{engine} {precision}"
         self.classes_ = np.array(settings["classes"])
         self.max_length: int = settings["max_length"]
+        self.tail: int = settings.get("tail", 0)
         self._inputs, self._pad, self._left = settings["inputs"], settings["pad_id"], settings["pad_left"]
         self._tokenizer = Tokenizer.from_file(str(self.path / "tokenizer.json"))
         self._tokenizer.no_padding()  # tokenizer.json may carry settings of its author's; ours are in runtime.json
@@ -112,8 +114,7 @@ class ExportedClassifier:
         batch_size: int | None = None,  # rows of like length scored together; None: BATCH, or 1 where a row would depend on its neighbours
     ) -> np.ndarray:               # shape (n, k), float64, rows sum to 1, columns as in `classes_`
         "Class probabilities of each text, in the order given."
-        texts = list(X)
-        encoded = self._tokenizer.encode_batch(texts) if len(texts) > BATCH else [self._tokenizer.encode(x) for x in texts]  # a batch wakes threads
+        encoded = self._encode(list(X))
         out, size = np.zeros((len(encoded), len(self.classes_))), batch_size or self._rows
         order = sorted(range(len(encoded)), key=lambda n: len(encoded[n].ids))  # neighbours of one length need no padding
         start = 0
@@ -125,6 +126,10 @@ class ExportedClassifier:
             out[rows] = _softmax(self._run(self._batch([encoded[n] for n in rows])).astype(np.float64))
             start += len(rows)
         return out
+
+    def _encode(self, texts: list[str]) -> list[Any]:
+        encoded = self._tokenizer.encode_batch(texts) if len(texts) > BATCH else [self._tokenizer.encode(x) for x in texts]  # a batch wakes threads
+        return [head_and_tail(e, self.tail) for e in encoded] if self.tail else encoded
 
     def _width(self, pieces: int) -> int:
         return next((w for w in self._widths if w >= pieces), pieces)

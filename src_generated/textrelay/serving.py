@@ -38,7 +38,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 __all__ = ['log', 'Receive', 'Send', 'SMALL', 'Response', 'OPTIONS', 'Variant', 'Settings', 'Cache', 'Metrics', 'Front', 'serve',
            'main']
 
-# %% ../../nbs/lib/45_serving.ipynb #8c9d294b
+# %% ../../nbs/lib/45_serving.ipynb #acfb4ca1
 @dataclass(frozen=True)
 class Variant:
     "One model of an endpoint."
@@ -219,7 +219,7 @@ class Front:
     ) -> None:
         "Make it so, without losing a request; RuntimeError, ValueError or OSError: it cannot be, and all is as it was."
         async with self._changing:
-            old, old_capture = self._all, self.capture
+            old, old_capture, patience_s = self._all, self.capture, self.settings.timeout_s if self.settings else 0
             kept = {r.variant.path: r for r in old} if self._same_workers(settings) else {}
             wanted = [*settings.variants.items(), *([("shadow", settings.shadow)] if settings.shadow else [])]
             starts = {v.path: asyncio.create_task(_running(name, v, settings)) for name, v in wanted if v.path not in kept}
@@ -242,7 +242,7 @@ class Front:
                 self.cache = Cache(settings.cache)
             self._tell()
             now = [r.pool for r in self._all]
-            ending = [r.pool.close() for r in old if r.pool not in now]
+            ending = [r.pool.close(patience_s) for r in old if r.pool not in now]
             if old_capture and old_capture is not capture:
                 ending.append(old_capture.close())
             await asyncio.shield(self._later(asyncio.gather(*ending)))  # also when nobody waits for it any more
