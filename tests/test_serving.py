@@ -666,3 +666,24 @@ def test_a_shadow_is_asked_and_counted_and_never_answers(target: LocalTarget, ti
         time.sleep(0.05)
     assert found == {"same": 6}
     assert ask(one.port, "GET", "/ping")[1]["model"]["version"] == "7"
+
+
+@pytest.mark.soak
+def test_mlflow_serves_the_bundle_with_the_same_answers(target: LocalTarget, tiny_bundle: Path, tmp_path: Path) -> None:
+    from textrelay import flavor
+
+    flavor.save_model(tiny_bundle, tmp_path / "model")
+    rows = [*({"id": f"m{n}", "text": text} for n, text in enumerate([*TEXTS, "", "> quoted only", "no budget " * 500])), {"id": "raw", "raw": AWAY}]
+    ours = request(target.deploy(tiny_bundle, "ours").url, rows, fresh=True)
+    port = free_port()
+    words = f"-m mlflow models serve -m {tmp_path / 'model'} --env-manager local --host 127.0.0.1 --port {port} --workers 1".split()
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    theirs: list[dict[str, Any]] = []
+    with running([sys.executable, *words], f"http://127.0.0.1:{port}/ping", tmp_path / "log", env):
+        columns = ["id", "text", "raw"]
+        body = {"dataframe_split": {"columns": columns, "data": [[row.get(c) for c in columns] for row in rows]}}
+        theirs = post(port, json.dumps(body), "application/json")[1]["predictions"]
+    assert len(theirs) == len(ours) and {row["status"] for row in ours} == {"scored", "suppressed"}
+    for mine, other in zip(ours, theirs, strict=True):
+        assert [mine[k] for k in ("id", "label", "status", "reason")] == [other[k] for k in ("id", "label", "status", "reason")]
+        assert mine["scores"] == pytest.approx(other["scores"], abs=1e-6) if mine["scores"] else not other["scores"]
