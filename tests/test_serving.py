@@ -37,6 +37,7 @@ from conftest import free_port, running
 from textrelay import targets
 from textrelay.core import IntegrityError, digest_json, manifest, read_json, read_table, write_json, write_table
 from textrelay.targets import Endpoint, LocalTarget, request
+from textrelay.worker import write_release
 
 TEXTS = ["yes we meet next week", "no budget", "stop remove", "yes call", "we use this no thanks", "remove this stop"]
 LABELS = ["positive", "objection", "unsubscribe"]
@@ -50,7 +51,7 @@ def seal(folder: Path, **facts: Any) -> Path:
         (folder / name).unlink(missing_ok=True)
     content = manifest(folder)
     write_json(folder / "manifest.json", content)
-    write_json(folder / "release.json", {"release": digest_json(content), "name": "reply-intent", **facts})
+    write_release(folder, {"release": digest_json(content), "name": "reply-intent", **facts})
     return folder
 
 

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -19,17 +20,21 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .core import Row, digest_file, digest_json, read_json, scan_table, write_json
+from .core import Row, digest_file, digest_json, digest_tree, read_json, scan_table, write_json, write_table
 from .filters import HELD_BACK
 from .model import Model
+from .worker import read_bundle
+
+if TYPE_CHECKING:
+    from textrelay.metrics import Scores
 
 PIECE = 1024  # rows between two notes
 BATCH = 64    # rows the model scores at a time
 
 # %% auto #0
-__all__ = ['PIECE', 'BATCH', 'score_rows', 'score_file', 'score_with_spark']
+__all__ = ['PIECE', 'BATCH', 'score_rows', 'score_file', 'score_apart', 'score_with_spark']
 
 # %% ../../nbs/lib/46_batch.ipynb #d280b9f2
 def _message(row: Row, n: int, source: Path, text: str, label: str | None) -> Row:
@@ -156,6 +161,32 @@ def _to_parquet(part: Path, target: Path) -> None:
     if writer:
         writer.close()
     os.replace(temporary, target)
+
+# %% ../../nbs/lib/46_batch.ipynb #23f98db5
+def score_apart(
+    bundle: str | Path,           # a bundle, or the folder of a saved model
+    items: Sequence[Row],         # n messages
+    y: Sequence[str],             # n true labels
+    *,
+    dataset: str,                 # digest of the data set
+) -> Scores:
+    "Score messages with a bundle in a new Python; a RuntimeError says what that one said last."
+    from textrelay.metrics import read_scores
+
+    release = read_bundle(bundle).facts["release"] or digest_tree(bundle)
+    program = """import sys
+from textrelay.batch import score_file
+from textrelay.model import Model
+bundle, rows, out, release, dataset = sys.argv[1:]
+score_file(Model.load(bundle, release=release), rows, out, release=release, dataset=dataset, label="label")"""
+    with tempfile.TemporaryDirectory(prefix="textrelay-") as scratch:
+        rows, out = Path(scratch) / "rows.jsonl", Path(scratch) / "scores.csv"
+        write_table(rows, [{**item, "label": label} for item, label in zip(items, y, strict=True)])
+        command = [sys.executable, "-P", "-c", program, str(Path(bundle).resolve()), str(rows), str(out), release, dataset]
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        if done.returncode:
+            raise RuntimeError(f"{bundle}: scoring in a process of its own failed: {(done.stderr.strip().splitlines() or ['it was ended'])[-1]}")
+        return read_scores(out)
 
 # %% ../../nbs/lib/46_batch.ipynb #764b8196
 def score_with_spark(

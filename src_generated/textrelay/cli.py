@@ -16,7 +16,8 @@ from typing import Any
 import click
 
 # %% auto #0
-__all__ = ['main', 'run', 'serve', 'deploy', 'shift', 'rollback', 'endpoints', 'captured', 'score', 'publish', 'consume', 'ui']
+__all__ = ['main', 'run', 'serve', 'verify', 'deploy', 'shift', 'rollback', 'endpoints', 'captured', 'score', 'publish',
+           'consume', 'ui']
 
 # %% ../../nbs/lib/61_cli.ipynb #51850424
 class _Verb(click.Command):
@@ -129,6 +130,22 @@ def serve(bundle: str, host: str, port: int, workers: int, threads: int, cache: 
     from textrelay.serving import serve as serve_forever
 
     serve_forever(Settings.of({"variants": {"AllTraffic": {"path": bundle}}, "workers": workers, "threads": threads, "cache": cache}), host=host, port=port)
+
+
+@main.command()
+@click.argument("bundle", metavar="BUNDLE")
+@click.option("--key", type=click.Path(exists=True, dir_okay=False), help="Public key (PEM) that must have signed it.")
+@click.option("--install", "wheelhouse", type=click.Path(exists=True, file_okay=False), metavar="WHEELHOUSE",
+              help="Folder with the public wheels: ask the golden rows in a clean environment made of them and the bundle's own.")
+@_json
+def verify(bundle: str, key: str | None, wheelhouse: str | None, as_json: bool) -> None:
+    """Check BUNDLE (a folder, or 'models:/name@alias') without a network: every digest, the signature, the golden rows.
+
+    Exits with 1 and names the file or row that is wrong."""
+    from textrelay.sealing import verify as check
+
+    found = check(_folder(bundle), key=key, wheelhouse=wheelhouse)
+    _say(found, as_json, "\n".join(f"{name:12} {value}" for name, value in found.items()))
 
 
 @main.command()

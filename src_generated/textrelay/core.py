@@ -22,8 +22,8 @@ from ruamel.yaml import YAML, YAMLError
 
 # %% auto #0
 __all__ = ['Row', 'MARKERS', 'IntegrityError', 'Refused', 'StageError', 'digest_bytes', 'digest_json', 'digest_file', 'manifest',
-           'digest_tree', 'verify_manifest', 'atomic_write', 'atomic_folder', 'read_yaml', 'write_json', 'read_json',
-           'scan_table', 'read_table', 'write_table', 'dotted', 'dotted_name', 'project_root', 'home']
+           'digest_tree', 'verify_manifest', 'atomic_write', 'atomic_folder', 'read_yaml', 'write_json', 'json_text',
+           'read_json', 'scan_table', 'read_table', 'write_table', 'dotted', 'dotted_name', 'project_root', 'home']
 
 # %% ../../nbs/lib/00_core.ipynb #ff524bd6
 class IntegrityError(ValueError):
@@ -157,8 +157,15 @@ def write_json(
     path: str | Path,  # where to
     value: Any,        # anything JSON can hold; NaN is refused
 ) -> Path:             # the path
-    "Write JSON: UTF-8, indented, sorted keys, so that equal content is equal bytes. Whole or not at all."
-    return atomic_write(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+    "Write JSON as `json_text` has it, whole or not at all."
+    return atomic_write(path, json_text(value))
+
+
+def json_text(
+    value: Any,  # anything JSON can hold; NaN is refused
+) -> str:
+    "JSON with indents and sorted keys, so that equal content is equal bytes."
+    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_json(
@@ -169,6 +176,8 @@ def read_json(
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as e:
         raise ValueError(f"{path}, line {e.lineno}: not valid JSON: {e.msg}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8, so not JSON") from None
 
 # %% ../../nbs/lib/00_core.ipynb #62985589
 Row = dict[str, Any]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from textrelay.metrics import Scores
 
 # %% auto #0
-__all__ = ['FORMAT', 'Classify', 'Model', 'build_step', 'build_steps', 'to_answer', 'score_table', 'probabilities']
+__all__ = ['FORMAT', 'Classify', 'Model', 'build_step', 'build_steps', 'to_answer', 'score_table', 'changes', 'probabilities']
 
 # %% ../../nbs/lib/22_model.ipynb #6333e078
 class Classify(Params):
@@ -192,8 +192,12 @@ class Model:
     ) -> Model:                        # ready to score
         "Read a saved model."
         path = Path(path)
-        if (path / "model" / "model.json").is_file():
-            path = path / "model"  # a sealed bundle holds it there
+        if (path / "model" / "model.json").is_file():  # a sealed bundle
+            if wheels := sorted(path.glob("wheels/*.whl")):
+                from textrelay.wheels import use_wheels
+
+                use_wheels(wheels)
+            path = path / "model"
         if not (path / "model.json").is_file():
             raise FileNotFoundError(f"{path}: no model.json in it; name the folder of a saved model")
         saved = read_json(path / "model.json")
@@ -314,6 +318,17 @@ def score_table(
         P=np.where(held, np.nan, probabilities(records, classes)), status=[r["status"] for r in records], reason=[r["reason"] for r in records],
         ms=np.array(ms, dtype=float), dataset=dataset, model=digest,
     )
+
+
+def changes(
+    records: Sequence[Record],       # n records after all steps
+    alone: Sequence[str | None],     # n labels of the classifier without filters
+) -> list[dict[str, Any]]:           # a row for each message on which a filter acted: id, filters, status, reason, alone, label
+    "What the filters did to which message."
+    return [
+        {"id": r["id"], "filters": "; ".join(f"{name}: {code}" for name, code in r["acts"]), **{k: r[k] for k in ("status", "reason", "label")}, "alone": label}
+        for r, label in zip(records, alone, strict=True) if r["acts"]
+    ]
 
 
 def probabilities(

@@ -16,7 +16,7 @@ from typing import Any
 from .core import digest_bytes, digest_file, digest_json, project_root
 
 # %% auto #0
-__all__ = ['commit', 'environment_lock', 'provenance']
+__all__ = ['commit', 'tag', 'environment_lock', 'provenance']
 
 # %% ../../nbs/lib/02_provenance.ipynb #0607c216
 def _git(root: Path, *args: str) -> str | None:
@@ -36,6 +36,13 @@ def commit(
     if not head:
         return "unknown", True
     return head, bool(_git(root, "status", "--porcelain", "--untracked-files=normal"))
+
+
+def tag(
+    root: str | Path | None = None,  # a folder inside the repository; the project's top if None
+) -> str | None:                     # the tag that names the commit which is checked out; None without one
+    "The release that is checked out."
+    return _git(Path(root) if root else project_root(), "describe", "--tags", "--exact-match")
 
 # %% ../../nbs/lib/02_provenance.ipynb #ea5d8ed7
 def environment_lock() -> str:  # lines 'name==version', sorted, one package each
@@ -65,6 +72,8 @@ def provenance(
         "textrelay.python": platform.python_version(),
         "textrelay.lock": digest_bytes(environment_lock().encode()),
     }
+    if name := tag(root):
+        facts["textrelay.tag"] = name
     if notebook is not None:
         path = Path(notebook).resolve()
         facts["textrelay.notebook"] = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name

@@ -29,6 +29,7 @@ from .cache import FOUND, KEY, PARTS, Earlier, earlier, found, stage_key
 from .core import Refused, StageError, digest_json, home, project_root, read_json, read_yaml, write_json
 from .exchange import PUBLICATIONS, environment, experiment, store, tracking_uri, unreachable
 from .provenance import commit, provenance
+from .secrets import url_secrets
 
 STAGES = ("train", "test", "wrap", "deploy")
 NOTEBOOKS = "nbs/stages"  # below the project's top folder: 1_train.ipynb, 2_test.ipynb, ...
@@ -513,6 +514,7 @@ def run_chain(
         if name not in STAGES:
             raise ValueError(f"--set {name}.…: no such stage; expected one of {list(STAGES)}")
         wanted[name] = {**wanted.get(name, {}), **values}
+    _without_credentials(wanted, path)
     if stage and stage not in wanted:
         raise ValueError(f"{path}: no stage {stage!r}; it has {[s for s in STAGES if s in wanted]}")
     results = passed_stages(from_run) if from_run else {}
@@ -532,6 +534,20 @@ def run_chain(
                 raise ConnectionError(f"{problem}; the chain stopped\n  what passed is kept; once it answers, go on with: {shlex.join(command)}") from e
             raise
     return Chain(run_id, results)
+
+
+def _without_credentials(value: Any, where: Any) -> None:
+    "Parameters are logged and shown: a URL with a password or token in it must not get that far."
+    if isinstance(value, Mapping):
+        for k, v in value.items():
+            _without_credentials(k, where)
+            _without_credentials(v, f"{where}: {k}")
+    elif isinstance(value, (list, tuple)):
+        for v in value:
+            _without_credentials(v, where)
+    elif isinstance(value, str) and url_secrets(value):
+        raise ValueError(f"{where}: a URL holds a credential, which would be logged. Write ${{NAME}} in its place and set that environment variable, "
+                         "or leave it to the ssh agent or ~/.netrc; revoke the one that was written down")
 
 
 def _run_stages(

@@ -29,7 +29,7 @@ from urllib.request import OpenerDirector, ProxyHandler, Request, build_opener
 
 from .core import atomic_folder, read_json, write_json
 from .core import home as core_home
-from .worker import read_bundle
+from .worker import read_bundle, write_release
 
 # %% auto #0
 __all__ = ['request', 'latencies', 'Endpoint', 'LocalTarget']
@@ -126,7 +126,7 @@ _children: dict[int, subprocess.Popen[bytes]] = {}  # those that this process st
 def _start(settings: Path, port: int, log: Path, token: str) -> int:
     # -P: nothing is imported from the working directory, since the endpoint must not depend on where it was deployed from
     command = [sys.executable, "-P", "-m", "textrelay.serving", str(settings), "--port", str(port)]
-    env = {**os.environ, "TEXTRELAY_CONTROL": token}  # not on the command line, which everybody on the machine can read
+    env = {**os.environ, "TEXTRELAY_HOME": str(core_home()), "TEXTRELAY_CONTROL": token}  # not on the command line, which everybody on the machine can read
     with open(log, "ab") as out:
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env=env)
     _children[child.pid] = child
@@ -247,7 +247,7 @@ class LocalTarget:
                 if not self._copy(name, release).exists():
                     with atomic_folder(self._copy(name, release)) as temporary:
                         shutil.copytree(what.path, temporary, dirs_exist_ok=True)
-                        write_json(temporary / "release.json", known)
+                        write_release(temporary, {**what.beside, **known})
                 return self._apply(old, new, timeout_s)
             except RuntimeError as e:
                 raise RuntimeError(f"{name}: release {release[:19]} was not deployed: {e}") from None

@@ -20,13 +20,13 @@ import traceback
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from .core import IntegrityError, digest_file, digest_json, read_json, read_table, verify_manifest
+from .core import IntegrityError, digest_file, digest_json, json_text, read_json, read_table, verify_manifest, write_json
 from .filters import to_record
 
 if TYPE_CHECKING:
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("textrelay.worker")  # not __name__, which is __main__ in the process itself
 
 # %% auto #0
-__all__ = ['log', 'WRAPPERS', 'READERS', 'FACTS', 'PROTOCOL', 'LENGTHS', 'media_type', 'read_request', 'Bundle', 'read_bundle',
-           'check_golden', 'content', 'identity', 'encode', 'failed', 'answer', 'frame', 'pack', 'unpack', 'read_frame',
-           'JsonLines', 'log_to_stderr', 'load', 'work', 'work_on_all', 'main']
+__all__ = ['log', 'WRAPPERS', 'READERS', 'FACTS', 'BESIDE', 'PROTOCOL', 'LENGTHS', 'media_type', 'read_request', 'Bundle',
+           'read_bundle', 'write_release', 'check_golden', 'content', 'identity', 'encode', 'failed', 'answer', 'frame',
+           'pack', 'unpack', 'read_frame', 'JsonLines', 'log_to_stderr', 'load', 'work', 'work_on_all', 'main']
 
 # %% ../../nbs/lib/40_worker.ipynb #1833499d
 WRAPPERS = ("inputs", "dataframe_records", "dataframe_split")  # MLflow's
@@ -166,11 +166,11 @@ def read_request(
 
 def _check(item: Any) -> None:
     fields = item if isinstance(item, dict) else {"text": item}
-    for field in ("id", "text", "raw", "subject"):
+    for name in ("id", "text", "raw", "subject"):
         try:
-            fields[field].encode() if isinstance(fields.get(field), str) else None
+            fields[name].encode() if isinstance(fields.get(name), str) else None
         except UnicodeEncodeError:
-            raise ValueError(f"field {field!r}: half of a surrogate pair is not text; send UTF-8") from None
+            raise ValueError(f"field {name!r}: half of a surrogate pair is not text; send UTF-8") from None
     if isinstance(item, dict):
         to_record({k: "" if k in ("text", "raw") and isinstance(v, str) else v for k, v in item.items()})
     elif not isinstance(item, (str, bytes)):
@@ -178,6 +178,7 @@ def _check(item: Any) -> None:
 
 # %% ../../nbs/lib/40_worker.ipynb #585d2b74
 FACTS = ("name", "version", "release", "run_id", "commit")
+BESIDE = ("manifest.json", "release.json", "signature.json")  # files of a bundle that are not part of its content
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,7 @@ class Bundle:
     model: Path                   # the saved model in it
     facts: dict[str, Any]         # FACTS; None where nothing is known
     golden: list[dict[str, Any]]  # rows {"item": a message, "expected": {label, status, reason, scores}}; empty for a bare model
+    beside: dict[str, Any] = field(default_factory=dict)  # what release.json says
 
 
 def read_bundle(
@@ -201,16 +203,32 @@ def read_bundle(
             raise FileNotFoundError(f"{path}: neither a bundle (manifest.json) nor a saved model (model.json) is in it")
         return Bundle(path, path, {**dict.fromkeys(FACTS), "name": read_json(path / "model.json").get("name")}, [])
     content = read_json(path / "manifest.json")
-    beside = [name for name in ("manifest.json", "release.json") if (path / name).is_file()]
+    beside = [name for name in BESIDE if (path / name).is_file()]
+    release = read_json(path / "release.json") if "release.json" in beside else {}
+    digest, said = digest_json(content), dict(release)
+    if release and (said.pop("checksum", None) != digest_json(said) or not _as_written(path / "release.json", release)):
+        raise IntegrityError(f"{path}: release.json was changed. Do not use it; build it again.")
+    if not _as_written(path / "manifest.json", content) or said.get("release", digest) != digest:
+        raise IntegrityError(f"{path}: manifest.json was changed: it is {digest}, release.json is about {said.get('release')}. Do not use it; build it again.")
+    if "signature.json" in beside and said.get("signature") != digest_file(path / "signature.json"):
+        raise IntegrityError(f"{path}: signature.json is not the one that release.json names. Do not use it; build it again.")
     if verify:
         verify_manifest(path, {**content, **{name: digest_file(path / name) for name in beside}})
-    release = read_json(path / "release.json") if "release.json" in beside else {}
-    digest = digest_json(content)
-    if release.get("release", digest) != digest:
-        raise IntegrityError(f"{path}: release.json is about {release['release']}, the content is {digest}. Do not use it; build it again.")
     name = read_json(path / "model" / "model.json").get("name")
-    facts = {**dict.fromkeys(FACTS), "name": name, **{k: release[k] for k in FACTS if k in release}, "release": digest}
-    return Bundle(path, path / "model", facts, read_table(path / "golden.jsonl"))
+    facts = {**dict.fromkeys(FACTS), "name": name, **{k: said[k] for k in FACTS if k in said}, "release": digest}
+    return Bundle(path, path / "model", facts, read_table(path / "golden.jsonl"), said)
+
+
+def _as_written(path: Path, content: Any) -> bool:
+    return path.read_text(encoding="utf-8") == json_text(content)
+
+
+def write_release(
+    path: str | Path,          # a bundle
+    facts: Mapping[str, Any],  # release, and what is known of it: FACTS, signature
+) -> None:
+    "Write down what is known of a bundle beside its content, so that a change of it is noticed."
+    write_json(Path(path) / "release.json", {**facts, "checksum": digest_json(dict(facts))})
 
 # %% ../../nbs/lib/40_worker.ipynb #e73d8366
 def check_golden(
@@ -394,7 +412,7 @@ def load(
     from textrelay.model import Model  # not at the top: the front reads requests, too, and needs neither numpy nor an engine
 
     bundle = read_bundle(path, verify=False)
-    model = Model.load(bundle.model, threads=threads, release=bundle.facts["release"])
+    model = Model.load(bundle.path, threads=threads, release=bundle.facts["release"])
     if bundle.golden:
         check_golden(model.answer, bundle.golden)
     return model
