@@ -145,5 +145,6 @@ def test_a_served_tag_runs_without_touching_the_checkout(repo: Path, env: dict[s
     parent, child = parent_and_child()
     tagged = git(repo, "rev-parse", "v1^{commit}")
     assert {r.data.tags[f"{who}.commit"] for r in (parent, child) for who in ("textrelay", "mlflow.source.git")} == {tagged}
+    assert child.data.tags["textrelay.tag"] == parent.data.tags["textrelay.tag"] == "v1"
     assert child.data.tags["textrelay.dirty"] == "false" and child.data.params["epochs"] == "1"
     assert list(elsewhere.iterdir()) == [], "all that it makes is in the store and the state folder"

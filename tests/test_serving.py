@@ -131,7 +131,7 @@ def test_every_content_type_of_many_messages_gets_the_same_answer(
     server: tuple[int, Path], tiny_bundle: Path, content_type: str, body: str
 ) -> None:
     status, said, headers = post(server[0], body, content_type)
-    release = read_json(tiny_bundle / "release.json")
+    release = {k: v for k, v in read_json(tiny_bundle / "release.json").items() if k != "checksum"}
     assert status == 200 and headers["x-textrelay-release"] == release["release"]
     assert said["model"] == {**release, "version": "7", "run_id": "0123abcd", "commit": "4567cdef"}
     assert [(p["id"], p["label"], p["status"], p["reason"], p["cached"]) for p in said["predictions"]] == [

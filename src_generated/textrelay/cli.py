@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 # %% auto #0
-__all__ = ['main', 'run', 'serve', 'verify', 'deploy', 'shift', 'rollback', 'endpoints', 'captured', 'score', 'publish',
+__all__ = ['main', 'run', 'serve', 'verify', 'trace', 'deploy', 'shift', 'rollback', 'endpoints', 'captured', 'score', 'publish',
            'consume', 'ui']
 
 # %% ../../nbs/lib/61_cli.ipynb #51850424
@@ -146,6 +146,19 @@ def verify(bundle: str, key: str | None, wheelhouse: str | None, as_json: bool) 
 
     found = check(_folder(bundle), key=key, wheelhouse=wheelhouse)
     _say(found, as_json, "\n".join(f"{name:12} {value}" for name, value in found.items()))
+
+
+@main.command()
+@click.argument("what", metavar="PREDICTION_ID|FILE|-")
+@_json
+def trace(what: str, as_json: bool) -> None:
+    """Where an answer came from: release, runs, commit, data; of a FILE with a response or captured lines also the filters that acted, and their notebook cells."""
+    from textrelay.trace import answers_in, as_text
+    from textrelay.trace import trace as find
+
+    given = Path(what).read_text(encoding="utf-8") if Path(what).is_file() else sys.stdin.read() if what == "-" else None
+    found = [find(what)] if given is None else [find(row, message) for row, message in answers_in(given)]
+    _say(found, as_json, "\n\n".join(map(as_text, found)))
 
 
 @main.command()

@@ -5,7 +5,6 @@
 # %% ../../nbs/lib/30_flavor.ipynb #13fd4dde
 from __future__ import annotations
 
-import re
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +20,7 @@ from mlflow.types.schema import Map
 from .core import read_json
 from .exchange import current_run, store
 from .model import Model
+from .wheels import own_source, serving_requirements
 
 FLAVOR_NAME = "textrelay.flavor"
 
@@ -39,13 +39,17 @@ SIGNATURE = ModelSignature(
 
 
 def requirements(
-    engine: str = "onnxruntime",  # or 'openvino', 'torch'
-) -> list[str]:                   # pip requirements
-    "What an environment needs to score the model. MLflow's guess is not used: it pulls packages that are never imported."
-    needs = {re.split(r"\s*;", r)[0]: "".join(re.findall(r"extra == .(\w+)", r)) for r in metadata.requires("textrelay") or []}
-    extra = {"torch": "train", "openvino": "openvino"}.get(engine)
-    serving = [r for r, of in needs.items() if not of or (of == extra and not r.startswith("nncf"))]  # nncf only builds
-    return [f"textrelay=={metadata.version('textrelay')}", *sorted(serving)]
+    engine: str = "onnxruntime",         # or 'openvino', 'torch'
+    bundle: str | Path | None = None,    # a bundle, which brings private packages and says what it was sealed with
+) -> list[str]:                          # pip requirements; wheels as paths below the MLflow model
+    """What an environment needs to score the model. MLflow's guess is not used: it pulls packages that are never imported.
+
+    A textrelay that was not installed from an index is named only as a wheel, since no index must be asked for it."""
+    if bundle and (Path(bundle) / "requirements.txt").is_file():
+        pins = [line.partition(" --hash")[0] for line in (Path(bundle) / "requirements.txt").read_text(encoding="utf-8").splitlines()]
+        return [*pins, *(f"data/{Path(bundle).name}/wheels/{wheel.name}" for wheel in sorted(Path(bundle).glob("wheels/*.whl")))]
+    mine = [] if own_source() else [f"textrelay=={metadata.version('textrelay')}"]
+    return [*mine, *sorted(str(r).partition(";")[0].strip() for r in serving_requirements(engine))]
 
 # %% ../../nbs/lib/30_flavor.ipynb #10541ac6
 def save_model(
@@ -71,7 +75,7 @@ def save_model(
         entry.add_flavor(FLAVOR_NAME, data=f"data/{data.name}", engine=engine, classes=saved["classes"], filters=len(saved["before"]) + len(saved["after"]))
         mlflow.pyfunc.save_model(
             str(path), loader_module=FLAVOR_NAME, data_path=str(data), mlflow_model=entry, signature=SIGNATURE,
-            input_example=pd.DataFrame({"text": ["Sounds good, call me on Tuesday."]}), pip_requirements=requirements(engine),
+            input_example=pd.DataFrame({"text": ["Sounds good, call me on Tuesday."]}), pip_requirements=requirements(engine, data),
         )
 
 

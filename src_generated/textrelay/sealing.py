@@ -24,7 +24,7 @@ from .worker import BESIDE, read_bundle, write_release
 # %% auto #0
 __all__ = ['DOCKERFILE', 'seal', 'sign', 'check_signature', 'verify', 'install']
 
-# %% ../../nbs/lib/41_sealing.ipynb #55dc2a74
+# %% ../../nbs/lib/41_sealing.ipynb #83bdecd6
 DOCKERFILE = """\
 # docker build -t reply-intent .        (or podman build, or buildah bud --format docker)
 # The base has Python 3.11 with venv and pip; it must be the one that the hashes are for (provenance.json, "python" and "platform").
@@ -45,7 +45,7 @@ FROM ${BASE}
 COPY --from=build /opt/textrelay /opt/textrelay
 COPY --from=build /build /opt/ml/model
 # Nothing is written at start, so the root may be read-only; nothing is fetched.
-ENV PATH=/opt/textrelay/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 TEXTRELAY_HOME=/tmp
+ENV PATH=/opt/textrelay/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 HOME=/tmp TEXTRELAY_HOME=/tmp
 USER 10001:10001
 EXPOSE 8080
 HEALTHCHECK --start-period=10s CMD ["/opt/textrelay/bin/python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8080/ping', timeout=2)"]
@@ -54,7 +54,7 @@ ENTRYPOINT ["/opt/textrelay/bin/python", "-P", "-m", "textrelay.serving", "--hos
 CMD ["serve"]
 """
 
-# %% ../../nbs/lib/41_sealing.ipynb #5810a45e
+# %% ../../nbs/lib/41_sealing.ipynb #89df7c0e
 def seal(
     model: str | Path,               # folder of a saved model, with its runtime
     path: str | Path,                # bundle to write; replaced if it exists
@@ -84,6 +84,8 @@ def seal(
             atomic_write(folder / "Dockerfile", DOCKERFILE)
         sources = [{"name": p.name, "version": p.version, "wheel": p.wheel.name, "source": p.source, "commit": p.commit, "subfolder": p.subfolder} for p in packages]
         write_json(folder / "provenance.json", {**(provenance or {}), "packages": sources})
+        for file in folder.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors writes 0600, and whoever serves is somebody else
         refuse_secrets(folder)
         content = manifest(folder)
         release = digest_json(content)
@@ -98,7 +100,7 @@ def _jsonable(item: Any) -> Any:
         return {"raw": item.decode("latin-1")}
     return json.loads(json.dumps(item))
 
-# %% ../../nbs/lib/41_sealing.ipynb #2834fda5
+# %% ../../nbs/lib/41_sealing.ipynb #7f3ecb9c
 def sign(
     path: str | Path,  # a bundle with its manifest
     key: str | Path,   # private key: PEM, elliptic curve
@@ -117,13 +119,15 @@ def sign(
 
 
 def check_signature(
-    path: str | Path,  # a bundle
-    key: str | Path,   # public key: PEM, elliptic curve
+    path: str | Path,         # a bundle
+    key: str | Path | None,   # public key: PEM, elliptic curve
 ) -> None:
     "Raise an IntegrityError unless the holder of the private key signed this very content."
     from model_signing.verifying import Config
 
     at = Path(path) / "signature.json"
+    if not key:
+        raise ValueError(f"{path}: must be signed here, but no public key was given to check it with; name the file as 'public_key' of the deploy stage")
     if not at.is_file():
         raise IntegrityError(f"{path}: UNSIGNED, there is no signature.json; seal it where TEXTRELAY_SIGNING_KEY names a key")
     if not Path(key).is_file():
@@ -139,7 +143,7 @@ def _hashing(path: str | Path) -> Any:
 
     return Config().set_ignored_paths(paths=[Path(path) / name for name in BESIDE if name != "manifest.json"], ignore_git_paths=False)
 
-# %% ../../nbs/lib/41_sealing.ipynb #84948ffa
+# %% ../../nbs/lib/41_sealing.ipynb #e95b7371
 def verify(
     path: str | Path,                   # a bundle
     *,
