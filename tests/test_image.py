@@ -63,9 +63,8 @@ def buildah(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Buildah]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture(scope="module", params=["onnxruntime float32", "openvino bfloat16"])
-def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    "A small model with filters, sealed as the wrap stage does it, and a wheelhouse beside its Dockerfile."
+def make_bundle(at: Path, engine_name: str) -> Path:
+    "A small model with filters, sealed as the wrap stage does it."
     from textrelay import wheels
     from textrelay.classifier import TransformerClassifier, export_onnx, tiny_model
     from textrelay.engines import build_engine
@@ -73,16 +72,22 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     from textrelay.model import Model
     from textrelay.sealing import seal
 
-    at = tmp_path_factory.mktemp("bundle")
     texts = ["yes we meet next week", "no budget", "stop remove"] * 8
     clf = TransformerClassifier(tiny_model(at / "tiny"), epochs=2, threads=1, quiet=True).fit(texts, ["positive", "objection", "unsubscribe"] * 8)
-    engine = build_engine(export_onnx(clf, at / "exported"), request.param, at / "engine", texts)
+    engine = build_engine(export_onnx(clf, at / "exported"), engine_name, at / "engine", texts)
     model = Model(clf, before=[Automatic(), CurrentReply()], after=[Stamp()], name="reply-intent").save(at / "model", runtime=engine)
     packages = wheels.build_wheels([str(ROOT)], at / "wheels")
-    locked, sources = wheels.lock(wheels.public_closure(request.param.split()[0], packages), at / "sources")
+    locked, sources = wheels.lock(wheels.public_closure(engine_name.split()[0], packages), at / "sources")
     golden = [*texts[:3], b"Subject: Automatic reply: x\nAuto-Submitted: auto-replied\n\nout of office until Monday"]
     seal(model, at / "bundle", golden=golden, packages=[*packages, *sources], requirements=locked)
-    context = shutil.copytree(at / "bundle", at / "context")
+    return at / "bundle"
+
+
+@pytest.fixture(scope="module", params=["onnxruntime float32", "openvino bfloat16"])
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "A bundle with a wheelhouse beside its Dockerfile."
+    at = tmp_path_factory.mktemp("bundle")
+    context = shutil.copytree(make_bundle(at, request.param), at / "context")
     download = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--require-hashes", "--no-deps"]
     run(*download, "-d", context / "wheelhouse", "-r", context / "requirements.txt")
     return context
@@ -182,3 +187,34 @@ def test_the_image_answers_without_network_as_nobody_on_a_read_only_root(
     print(f"\n{engine}: {size:.0f} MB without base and model (at most {LIMIT_MB[engine]}), "
           f"first right answer after {found['ready']:.2f} s, ended {found['ended']:.2f} s after SIGTERM")
     assert size <= LIMIT_MB[engine]
+
+
+def test_beside_what_mlflows_own_dockerfile_installs(tmp_path: Path) -> None:
+    "The same model as `mlflow models generate-dockerfile` would serve it: what that file installs, in an environment of its own, without its nginx."
+    import time
+    import urllib.request
+
+    from conftest import free_port, running
+    from textrelay import flavor
+
+    bundle = make_bundle(tmp_path / "made", "onnxruntime float32")
+    flavor.save_model(bundle, tmp_path / "model")
+    env = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    run(sys.executable, "-m", "mlflow", "models", "generate-dockerfile", "-m", tmp_path / "model", "-d", tmp_path / "docker", env=env)
+    installs = re.findall(r"(?m)^RUN (pip install .+|python -c .+)$", (tmp_path / "docker/Dockerfile").read_text())
+    assert len(installs) == 2, "pip install mlflow, then what the model needs"
+    run(sys.executable, "-m", "venv", tmp_path / "environment")
+    binaries = tmp_path / "environment/bin"
+    path = {"PATH": f"{binaries}{os.pathsep}{env['PATH']}"}
+    for line in installs:
+        run("bash", "-c", line.replace("/opt/ml/model", str(tmp_path / "model")), env=env | path, cwd=tmp_path / "model")  # the wheels are named from there
+    port = free_port()
+    question = json.dumps({"dataframe_records": [{"text": "no budget"}]}).encode()
+    serve = [str(binaries / "mlflow"), "models", "serve", "-m", str(tmp_path / "model"), "--env-manager", "local", "--port", str(port), "--workers", "1"]
+    began = time.monotonic()
+    with running(serve, f"http://127.0.0.1:{port}/ping", tmp_path / "log", env | path):
+        asked = urllib.request.Request(f"http://127.0.0.1:{port}/invocations", question, {"Content-Type": "application/json"})
+        answer = json.load(urllib.request.urlopen(asked, timeout=60))["predictions"][0]
+        ready = time.monotonic() - began
+    assert answer["status"] == "scored"
+    print(f"\nMLflow's own image: {tree_mb(tmp_path / 'environment'):.0f} MB without base, nginx and model, first right answer after {ready:.2f} s")

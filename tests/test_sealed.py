@@ -193,6 +193,8 @@ def traced(folder: Path, *args: str, said: str | None = None) -> list[dict[str, 
 
 
 def test_private_packages_are_sealed_and_no_index_is_asked_for_them(checkout: Path, server: Server) -> None:
+    from mlflow.artifacts import download_artifacts
+
     bundle = LocalTarget().bundle("sealed")
     packages = {p["name"]: p for p in read_json(bundle / "provenance.json")["packages"]}
     assert set(packages) == {"textrelay", "quotequail"} | PRIVATE and packages["textrelay"]["commit"] == git(checkout, "rev-parse", "HEAD")
@@ -202,6 +204,8 @@ def test_private_packages_are_sealed_and_no_index_is_asked_for_them(checkout: Pa
     lines = (bundle / "requirements.txt").read_text().splitlines()
     assert all(re.fullmatch(r"[a-z0-9.-]+==\S+ --hash=sha256:[0-9a-f]{64}", line) for line in lines)
     assert not {line.split("==")[0] for line in lines} & (PRIVATE | {"torch", "mlflow"})
+    listed = (Path(download_artifacts("models:/reply-intent/1")) / "requirements.txt").read_text().splitlines()
+    assert {f"data/bundle/wheels/{p['wheel']}" for p in packages.values()} < set(listed) and not [x for x in listed if x.startswith(("textrelay", "acme", "emoji"))]
     answer, = request(endpoint().url, ["STOP WRITING TO ME"], fresh=True)
     assert (answer["status"], answer["reason"]) == ("abstained", "acme_shouting")
 
