@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ def _contents(value: Any, root: Path) -> Iterator[tuple[str, str]]:
         if path.is_file():
             yield value, digest_file(path)
         elif path.is_dir() and path.resolve() != root.resolve():
-            yield value, digest_tree(path)
+            yield value, _tree(path)
         elif "@" in value or value.startswith("sha256:"):
             try:
                 yield value, resolve(value).digest
@@ -77,6 +78,18 @@ def _contents(value: Any, root: Path) -> Iterator[tuple[str, str]]:
                 yield value, "missing"  # the stage will say so
         elif re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", value) and (spec := _top_module(value)):
             yield value, spec
+
+
+def _tree(path: Path) -> str:
+    "Digest of a folder; of sources with links in what git ignores (an environment), of what git does not ignore."
+    try:
+        return digest_tree(path)
+    except ValueError:
+        listed = subprocess.run(["git", "-C", str(path), "ls-files", "-coz", "--exclude-standard"], capture_output=True, text=True)
+        names = [n for n in listed.stdout.split("\0") if n and (path / n).is_file() and not (path / n).is_symlink()]
+        if not names:
+            raise
+        return digest_json({n: digest_file(path / n) for n in names})
 
 
 def _top_module(dotted: str) -> str | None:

@@ -529,7 +529,7 @@ def main(
     parser = argparse.ArgumentParser("python -m textrelay.serving", description="Serve a bundle or a saved model over HTTP.")
     parser.add_argument("path", nargs="?", default="/opt/ml/model", help="bundle, saved model, or a .json file of settings (default: SageMaker's %(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8080, help="port to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=int(os.environ.get("SAGEMAKER_BIND_TO_PORT", 8080)), help="port to listen on (default: %(default)s)")
     for name, kind, says in OPTIONS:
         parser.add_argument(f"--{name.removesuffix('_s')}", dest=name, type=kind, default=argparse.SUPPRESS, help=f"{says} (default: {getattr(Settings, name)})")
     words = list(sys.argv[1:] if argv is None else argv)
