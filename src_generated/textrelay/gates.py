@@ -8,18 +8,20 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
-from .metrics import Scores, different_rows, evaluate
+import numpy as np
+
+from .metrics import PAIRED, Scores, compare, different_rows, evaluate, mcnemar, metric_name
 
 LOSSES = ("log_loss", "brier", "ece", "ms")  # metrics, or first parts of their names, of which less is better
 KINDS = ("at_least", "at_most", "not_worse_than")
 KEYS = ("metric", *KINDS, "margin", "lower_is_better")
 
 # %% auto #0
-__all__ = ['LOSSES', 'KINDS', 'KEYS', 'Verdict', 'lower_is_better', 'check_rules', 'judge', 'judge_scores']
+__all__ = ['LOSSES', 'KINDS', 'KEYS', 'ROWS', 'Verdict', 'lower_is_better', 'check_rules', 'judge', 'judge_scores']
 
 # %% ../../nbs/lib/12_gates.ipynb #3d3d662e
 @dataclass(frozen=True)
@@ -170,6 +172,9 @@ def _shown(*values: float) -> list[str]:
     return [f"{v:.{digits}g}" for v in values]
 
 # %% ../../nbs/lib/12_gates.ipynb #41186e1b
+ROWS = 30  # fewer rows (of a label: rows that have it) say nothing about a difference
+
+
 def judge_scores(
     rules: Sequence[Mapping[str, Any]],       # see `check_rules`
     scores: Scores,                           # of the candidate
@@ -184,4 +189,60 @@ def judge_scores(
         verdict = _judge(rules, evaluate(scores), {}, obstacle)
         same = {"gate": "champion", "rule": "same rows as the champion", "value": None, "bound": None, "outcome": "INCONCLUSIVE"}
         return Verdict.of([*verdict.checks, {**same, "why": obstacle}])
-    return judge(rules, evaluate(scores), evaluate(champion_scores))
+    ours, theirs = evaluate(scores), evaluate(champion_scores)
+    checks = []
+    for rule in rules:
+        check = judge([rule], ours, theirs).checks[0]
+        if "not_worse_than" in rule and rule["metric"].partition(".")[0] in PAIRED and check["bound"] is not None:
+            outcome, why = _paired(rule, scores, champion_scores)
+            check = {**check, "outcome": outcome, "why": why}
+        checks.append(check)
+    return Verdict.of(checks)
+
+
+def _paired(rule: Mapping[str, Any], scores: Scores, champion: Scores) -> tuple[str, str]:
+    "Outcome of a champion rule by the interval of the difference, and why."
+    metric, margin = rule["metric"], rule.get("margin", 0)
+    if problem := _too_few(scores, metric) or _self_test(metric, margin, champion):
+        return "INCONCLUSIVE", f"gate {metric!r} cannot be judged: {problem}"
+    found = compare(scores, champion, metric)
+    outcome, test = _decided(found, margin), mcnemar(scores, champion)
+    text = (f"{metric} {found['difference']:+.4f} against the champion, 95 % interval {found['low']:+.4f} to {found['high']:+.4f} (allowed: {-margin:+g}); "
+            f"right where the other is wrong: {test['only_a']:.0f} rows against {test['only_b']:.0f}, McNemar p {test['p']:.3g}")
+    return outcome, text + (f"; {_more_rows(found, margin)}" if outcome == "INCONCLUSIVE" else "")
+
+
+def _decided(found: Mapping[str, float], margin: float) -> str:
+    if found["low"] >= -margin - 1e-12:
+        return "PASS"
+    return "FAIL" if found["high"] < -margin else "INCONCLUSIVE"
+
+
+def _more_rows(found: Mapping[str, float], margin: float) -> str:
+    "An interval narrows with the root of the number of rows."
+    away = found["difference"] + margin
+    width = found["difference"] - found["low"] if away > 0 else found["high"] - found["difference"]
+    if abs(away) < 1e-9 or (needed := math.ceil(found["rows"] * (width / away) ** 2)) > 1e7:
+        return "no number of rows would decide: the difference is the margin"
+    return f"about {max(needed - int(found['rows']), 1)} more rows would decide, if the difference stays what it is"
+
+
+def _too_few(scores: Scores, metric: str) -> str:
+    label = metric.partition(".")[2]
+    rows = sum(metric_name(str(c)) == label for c in scores.y) if label else len(scores)
+    return f"{rows} rows{f' have the label {label}' if label else ''}, at least {ROWS} are needed for an interval" if rows < ROWS else ""
+
+
+def _self_test(metric: str, margin: float, champion: Scores) -> str:
+    "What is wrong with the judging itself, '' if it can tell better from worse here."
+    k = len(champion.classes)
+    wrong = np.array([(champion.classes.index(c) + 1) % k if c in champion.classes else 0 for c in champion.y])
+    worse = replace(champion, P=np.eye(k)[wrong], status=["scored"] * len(champion), reason=[None] * len(champion))
+    for ours, theirs, expected, what in (
+        (champion, champion, "PASS", "the champion does not pass against itself"),
+        (champion, worse, "PASS", "the champion does not pass against one that is always wrong"),
+        (worse, champion, "FAIL", "a candidate that is always wrong does not fail"),
+    ):
+        if _decided(compare(ours, theirs, metric), margin) != expected:
+            return f"its self-test failed: {what}; is the margin larger than what the champion achieves?"
+    return ""

@@ -18,8 +18,8 @@ from .core import digest_bytes, read_table, write_table
 STATUSES = ("scored", "suppressed", "abstained")
 
 # %% auto #0
-__all__ = ['STATUSES', 'Scores', 'write_scores', 'read_scores', 'reliability', 'expected_calibration_error', 'metric_name',
-           'confusion', 'evaluate', 'compare', 'different_rows', 'worst_errors']
+__all__ = ['STATUSES', 'PAIRED', 'Scores', 'write_scores', 'read_scores', 'reliability', 'expected_calibration_error',
+           'metric_name', 'confusion', 'evaluate', 'compare', 'mcnemar', 'different_rows', 'worst_errors']
 
 # %% ../../nbs/lib/11_metrics.ipynb #1b973bff
 @dataclass(frozen=True, eq=False)
@@ -263,26 +263,54 @@ def _probability_metrics(true: np.ndarray, P: np.ndarray) -> dict[str, float]:
     }
 
 # %% ../../nbs/lib/11_metrics.ipynb #5ca08b23
+PAIRED = ("accuracy", "f1_macro", "precision", "recall", "f1")  # metrics that `compare` knows; the last three of one label: 'f1.unsubscribe'
+
+
 def compare(
     a: Scores,
     b: Scores,                 # of the same rows in the same order
-    metric: str = "f1_macro",  # or 'accuracy'
+    metric: str = "f1_macro",  # or 'accuracy', or 'precision', 'recall' or 'f1' of a label, as in 'f1.unsubscribe'
     *,
     intervals: int = 2000,     # bootstrap samples
     seed: int = 0,             # of the bootstrap
 ) -> dict[str, float]:         # difference a - b, its 95 % interval low and high, rows, flips (rows with another predicted label)
     "Paired bootstrap of the difference of a metric."
-    if metric not in ("f1_macro", "accuracy"):
-        raise ValueError(f"compare: metric {metric!r}: expected f1_macro or accuracy")
+    kind, _, label = metric.partition(".")
+    if kind not in PAIRED or bool(label) != (kind in ("precision", "recall", "f1")):
+        raise ValueError(f"compare: metric {metric!r}: expected f1_macro, accuracy, or precision, recall or f1 of a label, such as f1.unsubscribe")
     if different := different_rows(a, b):
         raise ValueError(f"compare: {different}; score both on one data set")
     (true_a, guess_a, k_a), (true_b, guess_b, k_b) = _indices(a), _indices(b)
     cells, weights = _draws([true_a, guess_a, true_b, guess_b], intervals, seed)
-    ours, theirs = _rates(cells[:, 0], cells[:, 1], k_a, weights), _rates(cells[:, 2], cells[:, 3], k_b, weights)
-    difference = ours[metric] - theirs[metric]
+    rates = _rates(cells[:, 0], cells[:, 1], k_a, weights)[kind], _rates(cells[:, 2], cells[:, 3], k_b, weights)[kind]
+    if label:
+        rates = rates[0][:, _column(a, metric, label)], rates[1][:, _column(b, metric, label)]
+    difference = rates[0] - rates[1]
     low, high = np.percentile(difference[1:], [2.5, 97.5]) if intervals else (np.nan, np.nan)
     flips = float((a.predicted != b.predicted).sum())
     return {"difference": float(difference[0]), "low": float(low), "high": float(high), "rows": float(len(a)), "flips": flips}
+
+
+def _column(scores: Scores, metric: str, label: str) -> int:
+    names = [metric_name(c) for c in scores.labels]
+    if label not in names:
+        raise ValueError(f"compare: metric {metric!r}: no such label; there are {names}")
+    return names.index(label)
+
+
+def mcnemar(
+    a: Scores,
+    b: Scores,           # of the same rows in the same order
+) -> dict[str, float]:   # only_a, only_b: rows that only one of them got right; p: of the hypothesis that both are right equally often
+    "Exact McNemar test (McNemar 1947): a binomial test on the rows where one is right and the other wrong."
+    from scipy.stats import binomtest
+
+    if different := different_rows(a, b):
+        raise ValueError(f"mcnemar: {different}; score both on one data set")
+    right_a, right_b = a.predicted == a.y, b.predicted == b.y
+    only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
+    p = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
+    return {"only_a": float(only_a), "only_b": float(only_b), "p": float(p)}
 
 
 def different_rows(
