@@ -153,7 +153,8 @@ def test_again_gives_the_same_release_and_meets_its_champion(workplace, chain):
     again = json.loads(workplace.textrelay("run", "params/ci.yaml", "--force", "--json").stdout)
     assert again["results"]["wrap"]["release"] == chain["results"]["wrap"]["release"], "same commit, data, parameters, threads: same digest"
     assert again["results"]["deploy"]["url"] == chain["results"]["deploy"]["url"]
-    assert "the champion's is" in again["results"]["wrap"]["why"] and "no champion" not in again["results"]["wrap"]["why"]
+    why = again["results"]["wrap"]["why"]
+    assert "+0.0000 against the champion" in why and "no champion" not in why
     assert [e["status"] for e in json.loads(workplace.textrelay("endpoints", "--json").stdout)] == ["running"]
 
 

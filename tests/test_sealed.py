@@ -193,7 +193,7 @@ def traced(folder: Path, *args: str, said: str | None = None) -> list[dict[str, 
 
 
 def test_private_packages_are_sealed_and_no_index_is_asked_for_them(checkout: Path, server: Server) -> None:
-    from mlflow.artifacts import download_artifacts
+    from textrelay.flavor import model_folder
 
     bundle = LocalTarget().bundle("sealed")
     packages = {p["name"]: p for p in read_json(bundle / "provenance.json")["packages"]}
@@ -204,7 +204,7 @@ def test_private_packages_are_sealed_and_no_index_is_asked_for_them(checkout: Pa
     lines = (bundle / "requirements.txt").read_text().splitlines()
     assert all(re.fullmatch(r"[a-z0-9.-]+==\S+ --hash=sha256:[0-9a-f]{64}", line) for line in lines)
     assert not {line.split("==")[0] for line in lines} & (PRIVATE | {"torch", "mlflow"})
-    listed = (Path(download_artifacts("models:/reply-intent/1")) / "requirements.txt").read_text().splitlines()
+    listed = (model_folder("models:/reply-intent/1").parents[1] / "requirements.txt").read_text().splitlines()
     assert {f"data/bundle/wheels/{p['wheel']}" for p in packages.values()} < set(listed) and not [x for x in listed if x.startswith(("textrelay", "acme", "emoji"))]
     answer, = request(endpoint().url, ["STOP WRITING TO ME"], fresh=True)
     assert (answer["status"], answer["reason"]) == ("abstained", "acme_shouting")
@@ -235,12 +235,32 @@ def test_verified_by_a_stranger_in_an_environment_of_nothing_but_the_bundle(chec
     assert f"changed: wheels/{wheel.name}" in textrelay(tmp_path, "verify", str(copy), code=1)
 
 
-def test_production_takes_only_what_is_signed(checkout: Path) -> None:
+@pytest.mark.soak
+def test_production_takes_only_what_is_signed_and_approved_by_two(checkout: Path) -> None:
     run = [line.split()[1].rstrip(":") for line in (checkout.parent / "run.log").read_text().splitlines() if line.startswith("chain ")][0]
-    said = textrelay(checkout, "run", "params/sealed.yaml", "--stage", "deploy", "--from", run, "--set", "deploy.alias=production", code=1)
-    assert "public_key" in said
-    settings = ("--set", "deploy.alias=production", "--set", f"deploy.public_key={checkout.parent}/key.pub")
+    said = textrelay(checkout, "run", "params/sealed.yaml", "--stage", "deploy", "--from", run, "--set", "deploy.alias=production", code=3)
+    assert "allowed_signers" in said
+    place, release, head = checkout.parent, endpoint().release, git(checkout, "rev-parse", "HEAD")
+    for who in ("ann", "bob"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(place / who)], check=True)
+    (place / "signers").write_text("".join(f"{who}@acme.example {(place / f'{who}.pub').read_text()}" for who in ("ann", "bob")))
+
+    def approve(who: str, *words: str) -> None:
+        who_and_why = ("--by", f"{who}@acme.example", "--key", str(place / who), "--allowed-signers", str(place / "signers"), "--reason", "read it")
+        textrelay(checkout, "approve", *words, *who_and_why)
+
+    settings = ("--set", "deploy.alias=production", "--set", f"deploy.allowed_signers={place}/signers")
+    assert "no approval to promote" in textrelay(checkout, "run", "params/sealed.yaml", "--stage", "deploy", "--from", run, *settings, code=3)
+    approve("ann", "promote", release)
+    assert "no approval to build" in textrelay(checkout, "run", "params/sealed.yaml", "--stage", "deploy", "--from", run, *settings, code=3)
+    approve("ann", "build", head, "--params", "params/sealed.yaml")
+    assert "somebody else" in textrelay(checkout, "run", "params/sealed.yaml", "--stage", "deploy", "--from", run, *settings, code=3)
+    approve("bob", "promote", release)
+    assert "public_key" in textrelay(checkout, "run", "params/sealed.yaml", "--stage", "deploy", "--from", run, *settings, code=1)
+    settings = (*settings, "--set", f"deploy.public_key={place}/key.pub")
     textrelay(checkout, "run", "params/sealed.yaml", "--stage", "deploy", "--from", run, *settings)
+    told = textrelay(checkout, "log", "--allowed-signers", str(place / "signers")).splitlines()
+    assert len(told) == 3 and all(line.endswith("read it  [counts]") for line in told)
 
 
 @pytest.mark.soak

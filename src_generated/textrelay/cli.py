@@ -16,8 +16,8 @@ from typing import Any
 import click
 
 # %% auto #0
-__all__ = ['main', 'run', 'serve', 'verify', 'trace', 'deploy', 'shift', 'rollback', 'endpoints', 'captured', 'score', 'publish',
-           'consume', 'ui']
+__all__ = ['main', 'run', 'serve', 'verify', 'approve', 'show_log', 'trace', 'deploy', 'shift', 'rollback', 'endpoints',
+           'captured', 'score', 'publish', 'consume', 'ui']
 
 # %% ../../nbs/lib/61_cli.ipynb #51850424
 class _Verb(click.Command):
@@ -146,6 +146,65 @@ def verify(bundle: str, key: str | None, wheelhouse: str | None, as_json: bool) 
 
     found = check(_folder(bundle), key=key, wheelhouse=wheelhouse)
     _say(found, as_json, "\n".join(f"{name:12} {value}" for name, value in found.items()))
+
+
+@main.command()
+@click.argument("kind", type=click.Choice(["build", "promote", "revoke"]))
+@click.argument("subject", metavar="COMMIT|RELEASE|ID")
+@click.option("--reason", required=True, help="Why; others will read it.")
+@click.option("--params", type=click.Path(exists=True, dir_okay=False), help="Params file that a build is approved with (needed for build).")
+@click.option("--key", type=click.Path(), help="Your SSH key (default: ~/.ssh/id_ed25519).")
+@click.option("--by", help="Who you are in allowed_signers (default: git's user.email).")
+@click.option("--allowed-signers", default="ci/allowed_signers", show_default=True, type=click.Path(), help="File of those who may approve.")
+@click.option("--days", default=7.0, show_default=True, type=click.FloatRange(0, min_open=True), help="Until it expires.")
+@_json
+def approve(kind: str, subject: str, reason: str, params: str | None, key: str | None, by: str | None, allowed_signers: str, days: float, as_json: bool) -> None:
+    """Say yes, signed with your SSH key: to the build of a COMMIT, to the promotion of a RELEASE; or revoke an approval by its ID."""
+    from textrelay.approvals import approve as give
+
+    facts = _facts(kind, subject, params)
+    key, by = key or str(Path.home() / ".ssh" / "id_ed25519"), by or _git_email()
+    done = give(kind, subject, by=by, key=key, reason=reason, allowed_signers=allowed_signers, facts=facts, days=days)
+    _say({**vars(done), "made": done.made.isoformat(), "expires": done.expires.isoformat()}, as_json,
+         f"{done.id}  {kind} {subject} by {by}, until {done.expires:%Y-%m-%d %H:%M} UTC")
+
+
+def _facts(kind: str, subject: str, params: str | None) -> dict[str, Any]:
+    from textrelay.core import project_root
+    from textrelay.exchange import store
+    from textrelay.stages import build_facts, read_params
+
+    if kind == "build":
+        if not params:
+            raise click.UsageError("approve build: name the params file with --params; the approval is about its content and its data, too")
+        return build_facts(read_params(params), project_root(params))
+    if kind == "promote":
+        found = store().search_model_versions(f"tag.`textrelay.release` = '{subject}'")
+        if not found:
+            raise ValueError(f"promote {subject}: no registered version has this release; what its gates refused is not registered")
+        return {"name": found[0].name, "version": str(found[0].version)}
+    return {}
+
+
+def _git_email() -> str:
+    import subprocess
+
+    found = subprocess.run(["git", "config", "user.email"], capture_output=True, text=True).stdout.strip()
+    if not found:
+        raise click.UsageError("say who you are with --by; git has no user.email here")
+    return found
+
+
+@main.command("log")
+@click.option("--allowed-signers", default="ci/allowed_signers", show_default=True, type=click.Path(), help="File of those who may approve.")
+@_json
+def show_log(allowed_signers: str, as_json: bool) -> None:
+    """Who approved or revoked what, when, why, and whether it counts."""
+    from textrelay.approvals import approvals
+
+    found = approvals(allowed_signers)
+    lines = [f"{a.made:%Y-%m-%d %H:%M}  {a.id}  {a.kind:8}{a.subject[:19]:20} {a.by}: {a.reason}  [{a.problem or 'counts'}]" for a in found]
+    _say([{**vars(a), "made": a.made.isoformat(), "expires": a.expires.isoformat()} for a in found], as_json, "\n".join(lines) or "no approvals yet")
 
 
 @main.command()

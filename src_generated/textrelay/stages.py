@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from .cache import FOUND, KEY, PARTS, Earlier, earlier, found, stage_key
-from .core import Refused, StageError, digest_json, home, project_root, read_json, read_yaml, write_json
-from .exchange import PUBLICATIONS, environment, experiment, store, tracking_uri, unreachable
+from .core import Refused, StageError, digest_file, digest_json, digest_tree, home, project_root, read_json, read_yaml, write_json
+from .exchange import PUBLICATIONS, environment, experiment, resolve, store, tracking_uri, unreachable
 from .provenance import commit, provenance
 from .secrets import url_secrets
 
@@ -37,7 +37,7 @@ Params = dict[str, Any]
 
 # %% auto #0
 __all__ = ['STAGES', 'NOTEBOOKS', 'Params', 'FOLDER', 'read_params', 'declared', 'effective', 'check_parameters', 'Stage',
-           'notebook_of', 'run_stage', 'Chain', 'passed_stages', 'run_chain']
+           'notebook_of', 'run_stage', 'Chain', 'passed_stages', 'run_chain', 'build_facts']
 
 # %% ../../nbs/lib/60_stages.ipynb #d0ce6075
 def read_params(
@@ -536,6 +536,38 @@ def run_chain(
     return Chain(run_id, results)
 
 
+def build_facts(
+    wanted: Mapping[str, Params],  # stage -> parameters
+    root: str | Path,              # the project's top folder
+) -> dict[str, str]:               # params, data: digests
+    "What an approval to build is about, beside the commit."
+    dataset = str(wanted.get("train", {}).get("dataset", ""))
+    path = Path(root) / dataset
+    data = resolve(dataset).digest if not path.exists() else digest_tree(path) if path.is_dir() else digest_file(path)
+    return {"params": digest_json(_json(dict(wanted))), "data": data}
+
+
+def _approved(stage: str, asked: Params, wanted: Mapping[str, Params], root: Path) -> None:
+    "Raise Refused unless people said yes: to the build before the train stage, to both before a deployment that asks for it; production always does."
+    signers, production = asked.get("allowed_signers"), stage == "deploy" and asked.get("alias") == "production"
+    if production and not signers:
+        raise Refused("deploy: production takes approved releases only; name the file of those who may approve as 'allowed_signers' of the deploy stage")
+    if not signers:
+        return
+    from textrelay.approvals import require, require_two
+
+    if stage == "train":
+        head, dirty = commit(root)
+        if dirty:
+            raise Refused("train: there are files that are not committed, so that no approval can be about them; commit them first")
+        require("build", head, root / signers, facts=build_facts(wanted, root))
+    elif stage == "deploy":
+        promote = require("promote", asked["wrap"]["release"], root / signers)
+        build = require("build", asked["wrap"]["commit"], root / signers)
+        if not asked.get("same_person"):
+            require_two(promote, build)
+
+
 def _without_credentials(value: Any, where: Any) -> None:
     "Parameters are logged and shown: a URL with a password or token in it must not get that far."
     if isinstance(value, Mapping):
@@ -567,6 +599,7 @@ def _run_stages(
             print(f"{step}{name} …", file=sys.stderr, flush=True)
             started = time.monotonic()
             asked = _with_results(name, wanted, results, root)
+            _approved(name, asked, wanted, root)
             results[name] = run_stage(name, asked, parent=run_id, root=root, source=f"{path}: {name}", stop=stop, force=force, step=step)
             metrics = {k: v for k, v in client.get_run(results[name]["run_id"]).data.metrics.items() if "." not in k}
             for key, value in metrics.items():
