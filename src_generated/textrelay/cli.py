@@ -17,7 +17,7 @@ import click
 
 # %% auto #0
 __all__ = ['main', 'run', 'serve', 'verify', 'approve', 'show_log', 'trace', 'deploy', 'shift', 'rollback', 'endpoints',
-           'captured', 'score', 'publish', 'consume', 'ui']
+           'captured', 'score', 'rehearse', 'publish', 'consume', 'ui']
 
 # %% ../../nbs/lib/61_cli.ipynb #51850424
 class _Verb(click.Command):
@@ -381,6 +381,36 @@ def _folder(model: str) -> Path:
     if model not in known:
         raise ValueError(f"--model {model}: no such folder, and no endpoint of that name in {home()}; endpoints: {sorted(known) or 'none'}")
     return LocalTarget().bundle(model)
+
+# %% ../../nbs/lib/61_cli.ipynb #9c44e1b7
+@main.command()
+@click.option("--port", default=8900, show_default=True, type=click.IntRange(0, 65535), help="Port to listen on, of this machine alone; 0: any that is free.")
+@click.option("--speed", default=60.0, show_default=True, type=click.FloatRange(0, 100_000, min_open=True),
+              help="How much faster than AWS's time goes: 60 makes a second of a minute.")
+def rehearse(port: int, speed: float) -> None:
+    """Start a stand-in for AWS on this machine; whoever sets the variables that it prints deploys to it instead of AWS.
+
+    SageMaker's models, endpoint configurations, endpoints (blue/green with canary and linear shifting, alarms, rollback, shadow variants, data capture)
+    and their runtime are imitated, and really serve; S3, ECR, IAM, STS, CloudWatch and the rest are moto's. PUT /-/faults makes things go wrong
+    (nbs/lib/59_rehearsal.ipynb). Ctrl-C ends it and all that it started; nothing is kept.
+
+    It does not imitate: signatures and permissions (whatever is asked is allowed); images (one must be in ECR, but the textrelay that is installed here serves
+    the model instead); instances (a number: one process serves a variant, whatever its type and count); VPC, KMS and autoscaling (recorded, no more);
+    serverless and asynchronous inference, pipelines, inference components; alarms on metric math; CloudWatch's log groups; quotas and prices."""
+    import signal
+
+    from textrelay.rehearsal import Server
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)  # also where a shell's `&` had it ignored
+    with Server(port, speed=speed, say=lambda line: click.echo(line, err=True)) as server:
+        click.echo("".join(f"export {name}={value}\n" for name, value in server.environment.items()), nl=False)
+        sys.stdout.flush()
+        click.echo(f"rehearsing at {server.url}, {speed:g} times as fast as AWS; the role is {server.role} (Ctrl-C ends it)", err=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            while True:
+                signal.pause()
+
 
 # %% ../../nbs/lib/61_cli.ipynb #237f3ed4
 @main.command()
