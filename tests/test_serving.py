@@ -21,7 +21,6 @@ import threading
 import time
 import urllib.request
 import uuid
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -33,59 +32,12 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from conftest import free_port, running
+from conftest import AWAY, LABELS, TEXTS, free_port, running, seal
 from textrelay import targets
-from textrelay.core import IntegrityError, digest_json, manifest, read_json, read_table, write_json, write_table
+from textrelay.core import IntegrityError, read_json, read_table, write_json, write_table
 from textrelay.targets import Endpoint, LocalTarget, request
-from textrelay.worker import write_release
 
-TEXTS = ["yes we meet next week", "no budget", "stop remove", "yes call", "we use this no thanks", "remove this stop"]
-LABELS = ["positive", "objection", "unsubscribe"]
-AWAY = "Subject: Automatic reply: hello\nAuto-Submitted: auto-replied\n\nI am out of office.\n"
 FORBIDDEN = ("torch", "transformers", "mlflow", "papermill", "boto3", "sagemaker", "pandas", "sklearn")
-
-
-def seal(folder: Path, **facts: Any) -> Path:
-    "Write manifest and release of whatever lies in a folder."
-    for name in ("manifest.json", "release.json"):
-        (folder / name).unlink(missing_ok=True)
-    content = manifest(folder)
-    write_json(folder / "manifest.json", content)
-    write_release(folder, {"release": digest_json(content), "name": "reply-intent", **facts})
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from textrelay.classifier import TransformerClassifier, tiny_model
-    from textrelay.filters import Automatic, CurrentReply, Stamp
-    from textrelay.model import Model
-
-    folder = tmp_path_factory.mktemp("serving")
-    tiny = tiny_model(f"{folder}/tiny")
-    clf = TransformerClassifier(tiny, epochs=30, learning_rate=2e-3, batch_size=8, precision="float32", threads=1, quiet=True)
-    clf.fit(TEXTS * 8, LABELS * 16)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's remarks on tracing
-        Model(clf, before=[Automatic(), CurrentReply()], after=[Stamp()], name="reply-intent").save(folder / "bundle" / "model")
-    items: list[Any] = [*TEXTS, {"raw": AWAY}]
-    answers = Model.load(folder / "bundle" / "model").answer(items)
-    expected = [{k: a[k] for k in ("label", "status", "reason", "scores")} for a in answers]
-    write_table(folder / "bundle" / "golden.jsonl", [{"item": i, "expected": e} for i, e in zip(items, expected, strict=True)])
-    return seal(folder / "bundle", version="7", run_id="0123abcd", commit="4567cdef")
-
-
-@pytest.fixture
-def another(tiny_bundle: Path, tmp_path: Path) -> Callable[[str], Path]:
-    "Makes another release with the same model."
-
-    def make(version: str) -> Path:
-        folder = tmp_path / f"bundle-{version}"
-        shutil.copytree(tiny_bundle, folder)
-        (folder / "version.txt").write_text(version)
-        return seal(folder, version=version)
-
-    return make
 
 
 def ask(port: int, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, Any, Any]:
