@@ -19,11 +19,12 @@ from .pieces import head_and_tail
 
 BATCH = 16  # rows scored together, after sorting by length
 WIDEN_S = 1.0  # seconds after its start OpenVINO makes the network for a call that is alone
+WIDE_PIECES = 128  # most word pieces of a call that is made wide: longer ones gained nothing measurable, and each width costs memory
 CROWDED_S = 0.1  # seconds after two calls at the same time in which a call is not taken for one that is alone
 Batch = dict[str, np.ndarray]  # input name -> table of rows and pieces
 
 # %% auto #0
-__all__ = ['BATCH', 'WIDEN_S', 'CROWDED_S', 'Batch', 'ENGINES', 'ExportedClassifier']
+__all__ = ['BATCH', 'WIDEN_S', 'WIDE_PIECES', 'CROWDED_S', 'Batch', 'ENGINES', 'ExportedClassifier']
 
 # %% ../../nbs/lib/21_runtime.ipynb #2b23b566
 def _onnxruntime(path: Path, precision: str, threads: int) -> Callable[[Batch], np.ndarray]:
@@ -63,7 +64,7 @@ def _openvino(path: Path, precision: str, threads: int) -> Callable[[Batch], np.
         with turn:
             now = time.monotonic()
             crowded = now if busy else crowded
-            requests = idle if now - crowded < CROWDED_S or wide.empty() else wide
+            requests = idle if now - crowded < CROWDED_S or wide.empty() or batch["input_ids"].size > WIDE_PIECES else wide
             busy += 1
         request = requests.get()
         try:
