@@ -18,8 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML, YAMLError
-
 # %% auto #0
 __all__ = ['Row', 'MARKERS', 'IntegrityError', 'Refused', 'StageError', 'digest_bytes', 'digest_json', 'digest_file', 'manifest',
            'digest_tree', 'verify_manifest', 'atomic_write', 'atomic_folder', 'read_yaml', 'write_json', 'json_text',
@@ -144,6 +142,8 @@ def read_yaml(
     path: str | Path,  # a YAML 1.2 file
 ) -> Any:              # dicts, lists and plain values
     "Content of a YAML file; errors name file and line."
+    from ruamel.yaml import YAML, YAMLError  # here: a server that starts needs none
+
     try:
         return YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
     except YAMLError as e:
