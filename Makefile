@@ -6,7 +6,7 @@ BIN := .venv/bin
 export MLFLOW_DISABLE_TELEMETRY := true
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install quickstart test check bench soak lab clean
+.PHONY: help install quickstart test check unit chain bench soak lab clean
 
 help:  ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -25,14 +25,20 @@ install: .venv/installed  ## the environment alone
 quickstart: .venv/installed  ## train, test, wrap and deploy the example; prints the endpoint
 	textrelay run params/quickstart.yaml
 
-test: check  ## everything that must hold, under 15 minutes
-	nbdev_test --n_workers 2 --path nbs/lib
+test: check unit  ## everything that must hold, under 15 minutes
 	pytest tests
 
 check: .venv/installed  ## notebooks clean, export a no-op, style, types
 	python tests/check_notebooks.py
 	ruff check .
 	mypy
+
+unit: .venv/installed  ## the library's own tests, in its notebooks
+	nbdev_test --n_workers 2 --path nbs/lib
+
+chain: .venv/installed  ## the whole chain on a subset, up to a staging endpoint, as CI runs it
+	textrelay run params/ci.yaml
+	textrelay smoke params/ci.yaml
 
 soak: .venv/installed  ## what is too long for make test: training on all of the real data
 	pytest tests -m soak -s

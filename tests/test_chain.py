@@ -105,6 +105,12 @@ def test_a_raw_message_by_curl_as_it_is_printed(chain, workplace, url):
     assert answer["model"]["run_id"] == chain["results"]["wrap"]["run_id"] and answer["model"]["commit"]
 
 
+def test_smoke_asks_the_golden_rows_of_what_the_registry_names(workplace, chain):
+    asked = json.loads(workplace.textrelay("smoke", "params/ci.yaml", "--json").stdout)
+    assert asked["release"] == chain["results"]["wrap"]["release"] and asked["golden"] >= 12
+    assert "no endpoint" in workplace.textrelay("smoke", "params/production.yaml", code=1).stderr
+
+
 def test_a_human_reply_is_scored(url):
     body = json.dumps([{"id": "a", "subject": "Re: hello", "text": "Sounds good, does Thursday at 4 work for a call?"}, {"text": "   "}])
     scored, empty = curl(url, "-H", "Content-Type: application/json", "-d", body)["predictions"]
@@ -150,7 +156,7 @@ def test_what_did_not_change_is_not_run_again(workplace, chain):
 
 
 def test_again_gives_the_same_release_and_meets_its_champion(workplace, chain):
-    again = json.loads(workplace.textrelay("run", "params/ci.yaml", "--force", "--json").stdout)
+    again = json.loads(workplace.textrelay("run", "params/ci.yaml", "--set", "wrap.champion=staging", "--force", "--json").stdout)
     assert again["results"]["wrap"]["release"] == chain["results"]["wrap"]["release"], "same commit, data, parameters, threads: same digest"
     assert again["results"]["deploy"]["url"] == chain["results"]["deploy"]["url"]
     why = again["results"]["wrap"]["why"]

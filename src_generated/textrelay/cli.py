@@ -17,7 +17,7 @@ import click
 
 # %% auto #0
 __all__ = ['main', 'run', 'serve', 'verify', 'approve', 'show_log', 'trace', 'deploy', 'shift', 'rollback', 'endpoints',
-           'captured', 'score', 'rehearse', 'publish', 'consume', 'ui']
+           'captured', 'score', 'smoke', 'rehearse', 'publish', 'consume', 'ui']
 
 # %% ../../nbs/lib/61_cli.ipynb #51850424
 class _Verb(click.Command):
@@ -381,6 +381,31 @@ def _folder(model: str) -> Path:
     if model not in known:
         raise ValueError(f"--model {model}: no such folder, and no endpoint of that name in {home()}; endpoints: {sorted(known) or 'none'}")
     return LocalTarget().bundle(model)
+
+# %% ../../nbs/lib/61_cli.ipynb #dd630d66
+@main.command()
+@click.argument("params", type=click.Path(exists=True, dir_okay=False))
+@_json
+def smoke(params: str, as_json: bool) -> None:
+    """Ask the endpoint that PARAMS deploys for its bundle's golden rows, over HTTP.
+
+    Exits with 1 and names the row that is answered otherwise, or the release that should serve."""
+    from textrelay.registry import champion
+    from textrelay.stages import read_params
+    from textrelay.targets import LocalTarget, request
+    from textrelay.worker import check_golden, read_bundle
+
+    wanted = read_params(params)
+    name, alias, model = (wanted.get(s, {}).get(k) for s, k in (("deploy", "endpoint"), ("deploy", "alias"), ("wrap", "name")))
+    if not (name and alias and model):
+        raise ValueError(f"{params}: expected wrap.name, deploy.endpoint and deploy.alias, found {model!r}, {name!r} and {alias!r}")
+    found, bundle = LocalTarget().status(name), read_bundle(LocalTarget().bundle(name))
+    entry = champion(model, alias)
+    if not entry or entry.release != found["release"]:
+        raise RuntimeError(f"{name} serves {found['release']}, the registry has {entry.release if entry else 'nothing'} for {alias}; see: textrelay status")
+    check_golden(lambda rows: request(found["url"], rows, fresh=True), bundle.golden)
+    text = f"{name}  {found['release'][:19]}  {len(bundle.golden)} golden rows, all answered as expected"
+    _say({"endpoint": name, "release": found["release"], "golden": len(bundle.golden)}, as_json, text)
 
 # %% ../../nbs/lib/61_cli.ipynb #9c44e1b7
 @main.command()

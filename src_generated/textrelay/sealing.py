@@ -103,11 +103,16 @@ def _jsonable(item: Any) -> Any:
 # %% ../../nbs/lib/41_sealing.ipynb #7f3ecb9c
 def sign(
     path: str | Path,  # a bundle with its manifest
-    key: str | Path,   # private key: PEM, elliptic curve
+    key: str | Path,   # private key: PEM, elliptic curve; a file, or its text, which is all that a CI system's secret can be
 ) -> str:              # digest of the signature
     "Sign a bundle's content: writes signature.json into it."
     from model_signing.signing import Config
 
+    if str(key).startswith("-----BEGIN"):
+        with tempfile.NamedTemporaryFile("w", prefix="textrelay-", suffix=".pem") as file:  # made for its owner alone
+            file.write(str(key).strip() + "\n")
+            file.flush()
+            return sign(path, file.name)
     at = Path(path) / "signature.json"
     if not Path(key).is_file():
         raise FileNotFoundError(f"signing key {key}: no such file; make one with: openssl ecparam -name prime256v1 -genkey -noout -out key.pem")

@@ -1,0 +1,145 @@
+"""CI's and CD's definitions: of the documented form, only calling what exists, and (make soak) all of their commands run in order on a clean clone."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from conftest import ROOT
+from textrelay.core import read_json, read_yaml
+from textrelay.stages import declared, effective, notebook_of, read_params
+
+CIRCLECI, CONCOURSE = ".circleci/config.yml", "ci/concourse"
+PARTS = ("ci", "staging", "production")
+# Deployment settings: all of the deploy stage, whose yes is asked for before a build, and what a bundle is served by.
+DEPLOYMENT = {("train", "allowed_signers"), ("wrap", "engine")}
+
+
+def circleci_commands() -> list[str]:
+    config = read_yaml(ROOT / CIRCLECI)
+    jobs = [job for workflow in config["workflows"].values() for job in workflow["jobs"]]
+    assert len(jobs) == len(config["jobs"]), "a job that no workflow runs"
+    return [step["run"] for job in jobs for step in config["jobs"][job]["steps"] if "run" in step]
+
+
+def concourse_jobs() -> dict[str, list[str]]:
+    "Commands of each job."
+    return {job["name"]: [step["vars"]["command"] for step in job["plan"] if "task" in step] for job in read_yaml(ROOT / CONCOURSE / "pipeline.yml")["jobs"]}
+
+
+def recipe(target: str) -> list[str]:
+    "Commands that a make target consists of, without those of the targets that it needs."
+    lines = (ROOT / "Makefile").read_text().split(f"\n{target}:", 1)[1].splitlines()[1:]
+    return [line.lstrip("\t@-") for line in lines[: next((n for n, line in enumerate(lines) if not line.startswith("\t")), len(lines))]]
+
+
+def test_circleci_is_of_its_schema(tmp_path: Path) -> None:
+    def check(path: Path) -> subprocess.CompletedProcess[str]:
+        command = [str(Path(sys.executable).parent / "check-jsonschema"), "--builtin-schema", "vendor.circle-ci", str(path)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    assert (done := check(ROOT / CIRCLECI)).returncode == 0, done.stdout
+    spoiled = tmp_path / "config.yml"
+    spoiled.write_text((ROOT / CIRCLECI).read_text().replace("steps:", "stesp:"))
+    assert check(spoiled).returncode == 1
+
+
+def test_concourse_has_the_documented_fields() -> None:
+    schema = read_json(ROOT / "tests/concourse.schema.json")
+    pipeline, task = read_yaml(ROOT / CONCOURSE / "pipeline.yml"), read_yaml(ROOT / CONCOURSE / "task.yml")
+    of_pipeline = jsonschema.Draft202012Validator(schema)
+    of_task = jsonschema.Draft202012Validator({"$defs": schema["$defs"], "$ref": "#/$defs/task"})
+    of_pipeline.validate(pipeline)
+    of_task.validate(task)
+    spoiled = copy.deepcopy(pipeline)
+    spoiled["jobs"][0]["plan"][1]["varz"] = {}
+    assert not of_pipeline.is_valid(spoiled) and not of_task.is_valid({**task, "input": []}) and not of_task.is_valid({**task, "run": {}})
+
+
+def test_concourse_refers_to_what_is_there() -> None:
+    pipeline = read_yaml(ROOT / CONCOURSE / "pipeline.yml")
+    resources, jobs = {r["name"] for r in pipeline["resources"]}, [j["name"] for j in pipeline["jobs"]]
+    assert jobs == ["build", "promote", "rollback"]
+    for number, job in enumerate(pipeline["jobs"]):
+        get, *tasks = job["plan"]
+        assert get["get"] in resources and not get.get("trigger"), "every job waits for a person"
+        assert set(get.get("passed", [])) <= set(jobs[:number]) and tasks
+        assert all((ROOT / t["file"].removeprefix("source/")).is_file() and list(t["vars"]) == ["command"] for t in tasks)
+    groups = {j["name"]: j.get("serial_groups") for j in pipeline["jobs"]}
+    assert groups["promote"] == groups["rollback"] == ["production"], "not both at once"
+
+
+def test_secrets_are_only_names() -> None:
+    task = read_yaml(ROOT / CONCOURSE / "task.yml")
+    assert task["params"] and all(re.fullmatch(r"\(\([a-z_.]+\)\)", v) for v in task["params"].values())
+    source, = read_yaml(ROOT / CONCOURSE / "pipeline.yml")["resources"]
+    assert source["source"]["private_key"] == "((git.private_key))" and source["source"]["uri"] == "((git.uri))"
+    assert "environment" not in json.dumps(read_yaml(ROOT / CIRCLECI))
+
+
+def _check_command(command: str) -> None:
+    words = shlex.split(command)
+    assert not set(command) & set(";&|<>$`"), f"{command!r}: more than one command"
+    if words[0] == "make":
+        target, = words[1:]
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), f"no make target {target}"
+        for line in recipe(target):
+            if line.startswith("textrelay "):
+                _check_command(line)
+    else:
+        from textrelay.cli import main
+
+        assert words[0] == "textrelay", command
+        if words[1] in ("promote", "status"):
+            return  # they are being written
+        main.commands[words[1]].make_context(words[1], words[2:])  # parses them: unknown options, values and files are errors
+
+
+def test_every_command_is_a_make_target_or_a_verb_with_those_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    pushed, jobs = circleci_commands(), concourse_jobs()
+    assert {"make check", "make unit", "make chain"} <= set(pushed) and all(len(commands) >= 2 for commands in jobs.values())
+    for command in [*pushed, *(c for commands in jobs.values() for c in commands)]:
+        _check_command(command)
+    assert read_params("params/ci.yaml")["deploy"]["alias"] == "staging" and any(line == "textrelay run params/ci.yaml" for line in recipe("chain"))
+    with pytest.raises(AssertionError, match="no make target"):
+        _check_command("make nothing")
+
+
+def in_force(name: str) -> dict[tuple[str, str], Any]:
+    "(stage, parameter) -> value, defaults included."
+    wanted = read_params(ROOT / f"params/{name}.yaml")
+    given = {"train": {}, "test": {}, "wrap": {}}  # results of earlier stages
+    out = {}
+    for stage, values in wanted.items():
+        notebook = notebook_of(stage, ROOT)
+        results = {s: r for s, r in given.items() if s in declared(notebook)}
+        out |= {(stage, k): v for k, v in effective(notebook, {**results, **values}, name).items()}
+    return out
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parameters_differ_in_deployment_settings_alone(name: str) -> None:
+    "ci also in train.rows: a subset."
+    here, production = in_force(name), in_force("production")
+    assert here.keys() == production.keys() and len(here) > 30
+    different = {key for key in here if here[key] != production[key]}
+    allowed = DEPLOYMENT | ({("train", "rows")} if name == "ci" else set())
+    assert {key for key in different if key[0] != "deploy"} <= allowed
+    assert (("train", "rows") in different) == (name == "ci")
+    assert (name == "production") == (here["deploy", "alias"] == "production") and here["wrap", "champion"] == "production"
+
+
+def test_a_build_and_production_ask_for_a_yes() -> None:
+    staging, production = in_force("staging"), in_force("production")
+    assert staging["train", "allowed_signers"] == production["deploy", "allowed_signers"] == "ci/allowed_signers"
+    assert staging["deploy", "public_key"] == production["deploy", "public_key"] == "ci/release.pub" and not production["deploy", "same_person"]
