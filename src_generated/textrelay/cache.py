@@ -115,7 +115,9 @@ def found(
     if values.get("champion") and values.get("name"):
         entry = champion(values["name"], values["champion"])
         now["champion"] = entry.release if entry else "none"
-    if values.get("endpoint"):
+    if values.get("endpoint") and values.get("target") not in (None, "local"):
+        now["endpoint"] = "not asked"  # whoever deploys asks it anyway, and changes nothing where nothing changed
+    elif values.get("endpoint"):
         now["endpoint"] = next((e.release for e in LocalTarget().endpoints() if e.name == values["endpoint"] and e.status == "running"), "none")
     if values.get("alias") and _is_result(values.get("wrap")):
         entry = champion(values["wrap"]["name"], values["alias"])

@@ -29,7 +29,7 @@ from urllib.request import OpenerDirector, ProxyHandler, Request, build_opener
 
 from .core import atomic_folder, read_json, write_json
 from .core import home as core_home
-from .worker import read_bundle, write_release
+from .worker import payload, read_bundle, write_release
 
 # %% auto #0
 __all__ = ['request', 'latencies', 'Endpoint', 'LocalTarget']
@@ -46,9 +46,8 @@ def request(
     fresh: bool = False,   # not from the endpoint's memory
 ) -> list[dict[str, Any]]:  # one answer a message, in order
     "What an endpoint says about some messages."
-    body = json.dumps([_sendable(n, item) for n, item in enumerate(items)]).encode()
     headers = {"Content-Type": "application/json", **({"Cache-Control": "no-cache"} if fresh else {})}
-    call = Request(f"{url.rstrip('/')}/invocations", body, headers)
+    call = Request(f"{url.rstrip('/')}/invocations", payload(items), headers)
     try:
         with _opener().open(call, timeout=timeout_s) as answer:
             return _field(url, answer.read(), "predictions")
@@ -65,23 +64,16 @@ def _field(url: str, body: bytes, name: str) -> Any:
         raise RuntimeError(f"{url} did not answer with JSON that has {name!r} in it; is it an endpoint of textrelay?") from None
 
 
-def _sendable(n: int, item: Any) -> Any:
-    try:
-        return {"raw": item.decode()} if isinstance(item, bytes) else item
-    except UnicodeDecodeError:
-        raise ValueError(f"row {n}: a raw mail that is not UTF-8 cannot be part of a list; post it alone as message/rfc822") from None
-
-
 def latencies(
-    url: str,              # of the endpoint
+    ask: Callable[[list[Any]], Any],  # messages -> answers, such as an endpoint gives them
     items: Sequence[Any],  # messages, sent one a request and over again
     n: int = 100,          # requests, one after the other
 ) -> list[float]:          # milliseconds of each, as the caller sees them
-    "How long single requests take that are not answered from memory."
+    "How long single requests take."
     took = []
     for k in range(n):
         start = time.perf_counter()
-        request(url, [items[k % len(items)]], fresh=True)
+        ask([items[k % len(items)]])
         took.append((time.perf_counter() - start) * 1000)
     return took
 
@@ -314,6 +306,14 @@ class LocalTarget:
         "What an endpoint runs, and how it is."
         endpoint = self._known(name)
         return {**asdict(endpoint), "live": self._control(endpoint, "status") if endpoint.status == "running" else None}
+
+    def ask(
+        self,
+        name: str,              # of an endpoint
+        items: Sequence[Any],   # messages
+    ) -> list[dict[str, Any]]:  # one answer a message, in order; none is from memory
+        "What an endpoint says about some messages."
+        return request(self._known(name).url, items, fresh=True)
 
     def bundle(
         self,

@@ -35,9 +35,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("textrelay.worker")  # not __name__, which is __main__ in the process itself
 
 # %% auto #0
-__all__ = ['log', 'WRAPPERS', 'READERS', 'FACTS', 'BESIDE', 'PROTOCOL', 'LENGTHS', 'media_type', 'read_request', 'Bundle',
-           'read_bundle', 'write_release', 'check_golden', 'content', 'identity', 'encode', 'failed', 'answer', 'frame',
-           'pack', 'unpack', 'read_frame', 'JsonLines', 'log_to_stderr', 'load', 'work', 'work_on_all', 'main']
+__all__ = ['log', 'WRAPPERS', 'READERS', 'FACTS', 'BESIDE', 'PROTOCOL', 'LENGTHS', 'media_type', 'read_request', 'payload',
+           'Bundle', 'read_bundle', 'write_release', 'check_golden', 'content', 'identity', 'encode', 'failed',
+           'answer', 'frame', 'pack', 'unpack', 'read_frame', 'JsonLines', 'log_to_stderr', 'load', 'work',
+           'work_on_all', 'main']
 
 # %% ../../nbs/lib/40_worker.ipynb #1833499d
 WRAPPERS = ("inputs", "dataframe_records", "dataframe_split")  # MLflow's
@@ -162,6 +163,20 @@ def read_request(
         except ValueError as e:
             raise ValueError(f"row {n}: {e}") from None
     return items
+
+
+def payload(
+    items: Sequence[Any],  # messages: texts, objects, or raw mails as bytes (UTF-8)
+) -> bytes:                # JSON
+    "The body of a request that `read_request` reads."
+    return json.dumps([_sendable(n, item) for n, item in enumerate(items)]).encode()
+
+
+def _sendable(n: int, item: Any) -> Any:
+    try:
+        return {"raw": item.decode()} if isinstance(item, bytes) else item
+    except UnicodeDecodeError:
+        raise ValueError(f"row {n}: a raw mail that is not UTF-8 cannot be part of a list; post it alone as message/rfc822") from None
 
 
 def _check(item: Any) -> None:
