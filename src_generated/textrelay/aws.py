@@ -51,7 +51,7 @@ def _noted(value: Any) -> Any:
         return "<a file>"
     return {k: _noted(v) for k, v in value.items()} if isinstance(value, dict) else [_noted(v) for v in value] if isinstance(value, (list, tuple)) else value
 
-# %% ../../nbs/lib/06_aws.ipynb #eac803e3
+# %% ../../nbs/lib/06_aws.ipynb #a2a0d73a
 class Aws:
     "AWS, region by region."
 
@@ -91,7 +91,8 @@ class Aws:
         if (region, service) not in self._clients:
             from botocore.config import Config
 
-            how = Config(retries={"mode": "standard", "max_attempts": 5}, connect_timeout=10, read_timeout=70)
+            attempts = 1 if service == "service-quotas" else 5  # nothing depends on its answer
+            how = Config(retries={"mode": "standard", "max_attempts": attempts}, connect_timeout=10, read_timeout=70)
             self._clients[region, service] = self.session(region).client(service, config=how)
         return self._clients[region, service]
 

@@ -59,7 +59,7 @@ class State:
         "What a rollback returns to: the last known good one if something else runs, else the one before."
         return self.good if self.good and self.good != self.config else self.tags.get("previous")
 
-# %% ../../nbs/lib/49_region.ipynb #b9bef89b
+# %% ../../nbs/lib/49_region.ipynb #13100ed3
 class Region:
     "Endpoints of one region."
 
@@ -93,6 +93,18 @@ class Region:
         since = _known(found.last_modified_time)
         return State(self.region, str(found.endpoint_status), config, facts, own, variants, shadows[0] if shadows else None, _known(found.failure_reason) or "",
                      str(found.endpoint_arn), since.isoformat(timespec="seconds") if since else "")
+
+    def _status(self, name: str) -> str:
+        from botocore.exceptions import ClientError
+        from sagemaker.core.resources import Endpoint
+
+        with explained(self.region):
+            try:
+                return str(Endpoint.get(name, **self.sdk).endpoint_status)
+            except ClientError as e:
+                if is_missing(e):
+                    return "missing"
+                raise
 
     def facts(
         self,
@@ -223,7 +235,8 @@ class Region:
         s3 = self._client("s3")
         with explained(self.region):
             try:
-                there = s3.head_object(Bucket=bucket, Key=key, ChecksumMode="ENABLED").get("ChecksumSHA256")
+                found = s3.head_object(Bucket=bucket, Key=key, ChecksumMode="ENABLED")
+                there = found.get("ChecksumSHA256") or found.get("Metadata", {}).get("sha256")
                 if there == checksum:
                     return f"s3://{bucket}/{key}"
                 raise RuntimeError(f"{self.region}: s3://{bucket}/{key} is not what its name says (its SHA-256 is {there}); somebody changed it: "
@@ -233,7 +246,7 @@ class Region:
                     raise
             kms = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": self.settings.kms_key} if self.settings.kms_key else {"ServerSideEncryption": "AES256"}
             with open(path, "rb") as f:
-                s3.put_object(Bucket=bucket, Key=key, Body=f, ChecksumSHA256=checksum, ExpectedBucketOwner=self.settings.account, **kms)
+                s3.put_object(Bucket=bucket, Key=key, Body=f, ChecksumSHA256=checksum, Metadata={"sha256": checksum}, ExpectedBucketOwner=self.settings.account, **kms)
         return f"s3://{bucket}/{key}"
 
     def model(
@@ -338,18 +351,14 @@ class Region:
     ) -> State:              # at rest
         "Wait until an endpoint moves no more. RuntimeError: it failed, went back, or takes too long."
         deadline = time.monotonic() + self.settings.timeout_s
-        rang: list[str] = []
-        while True:
-            state = self.state(name)
-            if state.status not in MOVING:
-                break
+        while (status := self._status(name)) in MOVING:
             if time.monotonic() > deadline:
-                raise RuntimeError(f"{self.region}: {name} is still {state.status} after {self.settings.timeout_s:g} s")
-            rang = (self.ringing(name) if config else []) or rang
+                raise RuntimeError(f"{self.region}: {name} is still {status} after {self.settings.timeout_s:g} s")
             time.sleep(self.settings.poll_s)
+        state = self.state(name)
         if config is None or (state.status == "InService" and state.config == config):
             return state
-        why = "; ".join([*([state.reason] if state.reason else []), *rang]) or "no reason was given"
+        why = state.reason or "no reason was given"
         did = f"went back to {state.config}" if state.status == "InService" else f"is {state.status}"
         raise RuntimeError(f"{self.region}: {name} {did}: {why}")
 

@@ -63,7 +63,7 @@ def _told(name: str, states: Sequence[State], previous: dict[str, Any] | None = 
         {s.region: {"status": s.status, "release": s.release, "config": s.config, "good": s.good, "variants": s.variants, "shadow": s.shadow, "reason": s.reason}
          for s in states}, list(drift))
 
-# %% ../../nbs/lib/51_sagemaker.ipynb #61a02be4
+# %% ../../nbs/lib/51_sagemaker.ipynb #52883d36
 class SageMakerTarget:
     "Endpoints in SageMaker, in all regions of the settings at once."
 
@@ -74,6 +74,7 @@ class SageMakerTarget:
     ) -> None:
         self.settings, self.aws = settings, aws or Aws(account=settings.account)
         self.regions = [Region(self.aws, r, settings) for r in settings.regions]
+        self._begun: tuple[list[Region], Callable[[Region], None]] = [], lambda region: None  # what a failure after the last switch would take back, and how
 
     def deploy(
         self,
@@ -127,9 +128,11 @@ class SageMakerTarget:
         **how: Any,        # as for `deploy`
     ) -> list[Call]:       # in order; those that a failure at the very end would need come last
         "The calls that `deploy` would make now. It asks AWS, and changes nothing."
-        aws = Aws(dry=True, account=self.settings.account)
-        SageMakerTarget(self.settings, aws).deploy(bundle, name, **how)
-        return aws.calls
+        dry = SageMakerTarget(self.settings, Aws(dry=True, account=self.settings.account))
+        dry.deploy(bundle, name, **how)
+        dry.aws.undoing = True
+        dry._take_back(*dry._begun)
+        return dry.aws.calls
 
     def shift(
         self,
@@ -323,10 +326,7 @@ class SageMakerTarget:
             now = "; ".join(f"{r.region}: {s}" for r, s in stuck.items()) if stuck else ""
             stand = f"NOT brought back: {now}. Once that is mended: textrelay rollback {name}" if stuck else f"all regions run what they ran before ({_releases(before)})"
             raise RuntimeError(f"{name}: {what} was not deployed: {e}; {stand}") from None
-        if self.aws.dry:
-            self.aws.undoing = True
-            self._take_back(begun, back)
-            self.aws.undoing = False
+        self._begun = begun, back
 
     def _take_back(self, begun: Sequence[Region], back: Callable[[Region], None]) -> dict[Region, str]:
         stuck = {}
