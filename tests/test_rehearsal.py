@@ -320,6 +320,16 @@ def test_what_never_started_has_failed_and_can_be_deleted(aws: Aws, serving: str
     aws.client("sagemaker").delete_endpoint(EndpointName="never")
 
 
+def test_quotas_are_told_and_kept(aws: Aws, serving: str) -> None:
+    def told(region: str) -> float:
+        pages = aws.client("service-quotas", region).get_paginator("list_service_quotas").paginate(ServiceCode="sagemaker")
+        return next(q["Value"] for page in pages for q in page["Quotas"] if q["QuotaName"] == "ml.m5.large for endpoint usage")
+
+    with aws.faults({"kind": "no_quota", "region": IRELAND}):
+        assert (told(IRELAND), told(OHIO)) == (0, 20)
+        assert error(lambda: aws.create("dear", "seven"))[0] == "ResourceLimitExceeded"
+
+
 def test_calls_fail_on_demand_and_a_region_can_be_down(aws: Aws, serving: str) -> None:
     import boto3
     from botocore.config import Config

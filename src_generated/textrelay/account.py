@@ -177,8 +177,11 @@ def unpack(
     folder.mkdir(parents=True)
     for name, content in parts:
         if not name:  # the very key
-            with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-                archive.extractall(folder, filter="data")
+            try:
+                with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+                    archive.extractall(folder, filter="data")
+            except tarfile.TarError as e:
+                raise ValueError(f"the model data is not a tar archive that can be unpacked ({type(e).__name__})") from None
         else:
             path = (folder / name.lstrip("/")).resolve()
             if not path.is_relative_to(folder.resolve()):

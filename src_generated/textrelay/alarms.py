@@ -134,12 +134,13 @@ class Alarms:
         alive = {id(alarm): alarm for alarm in self.account.alarms().values()}
         self._judged = {key: when for key, when in self._judged.items() if key in alive}
         for key, alarm in alive.items():
-            if key not in self._judged and alarm.state_value == "OK":
+            if key not in self._judged:  # judged a period from now, when it can have data; until then AWS says so, and moto OK
+                self._judged[key] = time.time()
                 alarm.update_state("Unchecked: Initial alarm creation", "{}", "INSUFFICIENT_DATA")
             if alarm.rule or not alarm.metric_name:  # composite alarms and metric math are beyond this
                 continue
             now = time.time()
-            if now - self._judged.get(key, 0) >= min(float(alarm.period), 60.0) / self.speed:
+            if now - self._judged[key] >= min(float(alarm.period), 60.0) / self.speed:
                 self._judged[key] = now
                 self._judge(alarm, now)
 
@@ -156,4 +157,5 @@ class Alarms:
         state = judge(points, operator=alarm.comparison_operator, threshold=float(alarm.threshold), missing=alarm.treat_missing_data or "missing",
                       needed=int(alarm.datapoints_to_alarm or alarm.evaluation_periods), before=alarm.state_value)
         if state != alarm.state_value:
-            alarm.update_state(f"Threshold {alarm.threshold}, {alarm.comparison_operator}: datapoints {points}", "{}", state)
+            told = ", ".join("none" if p is None else f"{p:.4g}" for p in points)
+            alarm.update_state(f"{alarm.metric_name}: the last datapoints, [{told}], against {alarm.comparison_operator} {float(alarm.threshold):g}", "{}", state)

@@ -149,6 +149,7 @@ FAULTS = {
     "slow_start": "containers take `seconds` longer until they are healthy",
     "unhealthy": "containers never pass their health check",
     "no_capacity": "there are no instances to be had",
+    "no_quota": "the account may have no instances: Service Quotas says 0, and SageMaker refuses",
     "model_error": "a `share` of the invocations is answered with 500 by the container",
     "latency": "a `share` of the invocations takes `seconds` longer, real ones",
 }

@@ -83,6 +83,8 @@ class Runtime:
             try:
                 answer = self._ask(e, v, body, headers)
             except LookupError:  # its fleet has just been replaced
+                if self.plane.ended:
+                    raise refused("ServiceUnavailable", "The rehearsal ends.", 503) from None
                 continue
             return e, fleet, chosen, v, answer, (time.perf_counter() - began) * 1e6
 
@@ -152,7 +154,7 @@ class Runtime:
         if how and how.get("EnableCapture", True) and random.random() * 100 < how["InitialSamplingPercentage"]:
             line = json.dumps(event(how, headers, body, told, content), ensure_ascii=False).encode() + b"\n"
             with self.plane.lock:
-                e.captured.setdefault(variant, []).append(line)
+                e.captured.setdefault((variant, how["DestinationS3Uri"], how.get("KmsKeyId")), []).append(line)
 
     def close(self) -> None:
         "Let the shadows finish."
@@ -194,8 +196,8 @@ def event(
         more["customAttributes"] = [attributes]
     return {"captureData": captured, "eventMetadata": {"eventId": str(uuid.uuid4()), **more, "inferenceTime": f"{now():%Y-%m-%dT%H:%M:%SZ}"}, "eventVersion": "0"}
 
-# %% ../../nbs/lib/59_rehearsal.ipynb #01913fbe
-CALLS = 10_000  # that are remembered
+# %% ../../nbs/lib/59_rehearsal.ipynb #ec05d533
+CALLS = 100_000  # that are remembered
 
 
 class Rehearsal:
@@ -238,7 +240,7 @@ class Rehearsal:
         while not self._ending.wait(max(min(10 / self.speed, 0.5), 0.02)):
             try:
                 alarms.look()
-                if time.monotonic() - minute > max(60 / self.speed, 0.2):
+                if time.monotonic() - minute > max(60 / self.speed, 1.0):
                     minute = time.monotonic()
                     for plane, _ in list(self._planes.values()):
                         plane.metrics.publish(self.account, plane.region)
@@ -262,6 +264,8 @@ class Rehearsal:
                 call["operation"] = "InvokeEndpoint"
                 self._planted(region, service, "InvokeEndpoint", unquote(found[1]))
                 status, headers, body = self.region(region)[1].invoke(unquote(found[1]), _body(environ), _headers(environ))
+            elif service == "servicequotas" and operation == "ListServiceQuotas":
+                status, headers, body = 200, {"content-type": "application/x-amz-json-1.1"}, self._quotas(region, json.loads(_body(environ)))
             elif service == "sagemaker" and self._is_ours(operation, environ):
                 given = json.loads(_body(environ) or b"{}")
                 self._planted(region, service, operation, given.get("EndpointName", ""))
@@ -297,6 +301,13 @@ class Rehearsal:
         if not environ["PATH_INFO"].strip("/") and not hasattr(SageMakerResponse, "".join("_" + c.lower() if c.isupper() else c for c in operation).lstrip("_")):
             raise ApiError("UnknownOperationException", f"the rehearsal has no {operation}; it imitates {', '.join(OPERATIONS)} and InvokeEndpoint")
         return False
+
+    def _quotas(self, region: str, given: dict[str, Any]) -> bytes:
+        "How many instances the account may have; of SageMaker's endpoints alone."
+        kinds = self._api.model.shape_for("ProductionVariantInstanceType").enum if given.get("ServiceCode") == "sagemaker" else []
+        begin, most, value = int(given.get("NextToken", 0)), given.get("MaxResults", 100), float(self.region(region)[0].quota)
+        found = [{"ServiceCode": "sagemaker", "QuotaName": f"{kind} for endpoint usage", "Value": value} for kind in kinds[begin : begin + most]]
+        return json.dumps({"Quotas": found, **({"NextToken": str(begin + most)} if begin + most < len(kinds) else {})}).encode()
 
     def _planted(self, region: str, service: str, operation: str, endpoint: str) -> None:
         if fault := self.faults.met("error", region=region, service=service, operation=operation, endpoint=endpoint):
