@@ -36,9 +36,10 @@ check: .venv/installed  ## notebooks clean, export a no-op, style, types
 unit: .venv/installed  ## the library's own tests, in its notebooks
 	nbdev_test --n_workers 2 --path nbs/lib
 
-chain: .venv/installed  ## the whole chain on a subset, up to a staging endpoint, as CI runs it
+chain: .venv/installed  ## the whole chain on a subset, up to a staging endpoint, as CI runs it; its release page is build/release.html
 	textrelay run params/ci.yaml
 	textrelay smoke params/ci.yaml
+	textrelay evidence models:/reply-intent@staging build/release.html
 
 soak: .venv/installed  ## what is too long for make test: training on all of the real data
 	pytest tests -m soak -s

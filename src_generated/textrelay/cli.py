@@ -17,7 +17,7 @@ import click
 
 # %% auto #0
 __all__ = ['main', 'run', 'serve', 'verify', 'approve', 'show_log', 'trace', 'deploy', 'shift', 'rollback', 'endpoints',
-           'captured', 'score', 'smoke', 'rehearse', 'publish', 'consume', 'ui']
+           'captured', 'score', 'smoke', 'evidence', 'rehearse', 'publish', 'consume', 'ui']
 
 # %% ../../nbs/lib/61_cli.ipynb #51850424
 class _Verb(click.Command):
@@ -406,6 +406,19 @@ def smoke(params: str, as_json: bool) -> None:
     check_golden(lambda rows: request(found["url"], rows, fresh=True), bundle.golden)
     text = f"{name}  {found['release'][:19]}  {len(bundle.golden)} golden rows, all answered as expected"
     _say({"endpoint": name, "release": found["release"], "golden": len(bundle.golden)}, as_json, text)
+
+
+@main.command()
+@click.argument("release")
+@click.argument("out", type=click.Path(dir_okay=False))
+@click.option("--allowed-signers", type=click.Path(exists=True, dir_okay=False), help="File of those who may approve (default: the one that its deployment named).")
+def evidence(release: str, out: str, allowed_signers: str | None) -> None:
+    """Write the release page of RELEASE (a digest, how it begins, or models:/NAME@ALIAS) to OUT, and keep it in MLflow beside the bundle.
+
+    One HTML file: verdict, metrics against the champion, what changed, lineage, approvals, digests, how to verify, the executed notebooks."""
+    from textrelay.evidence import write_page
+
+    click.echo(write_page(release, out, allowed_signers=allowed_signers))
 
 # %% ../../nbs/lib/61_cli.ipynb #9c44e1b7
 @main.command()
