@@ -2,6 +2,8 @@
 
 import json
 import logging
+import threading
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ import boto3
 import pytest
 
 from textrelay.aws import READS, actions, role_policy
+from textrelay.capture import read_capture
 from textrelay.classifier import TransformerClassifier, tiny_model
 from textrelay.core import read_json, read_table
 from textrelay.filters import CurrentReply, Stamp
@@ -19,6 +22,7 @@ from textrelay.model import Model
 from textrelay.rehearsal import Server
 from textrelay.sagemaker import SageMakerTarget
 from textrelay.sealing import seal
+from textrelay.variants import compare_variants
 
 REGIONS = ("eu-central-1", "us-east-1")
 TEXTS = ["yes we meet next week", "no budget", "stop remove", "yes call", "we use this no thanks", "remove this stop"] * 8
@@ -63,7 +67,7 @@ def settings(aws) -> Settings:
     aws.app.faults.put([])
     return Settings.of({
         "regions": list(REGIONS), "bucket": "acme-{region}", "role": aws.role, "image": "{account}.dkr.ecr.{region}.amazonaws.com/reply-intent:1",
-        "instance_type": "ml.c7i.large", "instance_count": 2, "wait_s": 240, "bake_s": 120, "capture": 1.0, "poll_s": 0.2, "patience_s": 5, "timeout_s": 3000})
+        "instance_type": "ml.c7i.large", "instance_count": 2, "wait_s": 900, "bake_s": 120, "period_s": 600, "capture": 1.0, "poll_s": 0.2, "patience_s": 5, "timeout_s": 3000})
 
 
 def release(bundle: Path) -> str:
@@ -126,6 +130,79 @@ def test_two_regions(aws, settings, bundles):
                 assert ask(region, name, text)["predictions"][0]["label"] == wanted["label"]
     assert running(name) == [two, two] and done.facts["version"] == "2" and done.facts["approvals"] == "a b"
     assert target.deploy(bundles["two"], name, facts={"version": "2", "approvals": "a b"}).release == two  # nothing to do
-    back = target.rollback(name)
-    assert back.release == one and running(name) == [one, one] and target.rollback(name).release == two
     assert target.status(name)["previous"]["release"] == one and [e.name for e in target.endpoints()] == [name]
+    back = target.rollback(name)
+    assert back.release == one and running(name) == [one, one] and back.drift == [] == target.status(name)["drift"]
+
+
+def test_bad_candidate(aws, settings, bundles):
+    "It fails in the second region under the canary: its alarm rolls it back, the first region follows, and no more than the canary's share was touched."
+    target, name = SageMakerTarget(settings), "reply-intent"
+    target.deploy(bundles["one"], name, facts={"version": "1"})
+    before, bad = running(name), release(bundles["two"])
+    aws.app.faults.put([{"kind": "model_error", "region": "us-east-1", "model": model_of(target, bundles["two"], name)}])
+    with Users("us-east-1", name) as users, pytest.raises(RuntimeError) as refused:
+        target.deploy(bundles["two"], name)
+    said = str(refused.value)
+    assert "us-east-1: reply-intent went back to" in said and "ALARM" in said and f"all regions run what they ran before ({before[0][:19]})" in said
+    assert running(name) == before and not target.status(name)["drift"]
+    assert users.failed and users.failed <= 0.1 * users.asked + 1, (users.failed, users.asked)
+
+
+def model_of(target: SageMakerTarget, bundle: Path, name: str) -> str:
+    "Name of the model that a deployment would make, or find."
+    return next(c.params["ModelName"] for c in target.plan(bundle, name) if c.operation == "DescribeModel" and release(bundle)[7:19] in c.params["ModelName"])
+
+
+class Users:
+    "People who ask an endpoint, one after the other, by boto3."
+
+    def __init__(self, region: str, name: str) -> None:
+        self.region, self.name, self.asked, self.failed = region, name, 0, 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._ask)
+
+    def _ask(self) -> None:
+        while not self._done.wait(0.005):
+            self.asked += 1
+            try:
+                ask(self.region, self.name, "yes call")
+            except Exception:
+                self.failed += 1
+
+    def __enter__(self) -> "Users":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *ignored: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+
+@pytest.mark.soak
+def test_shadow_and_candidate(aws, settings, bundles, state):
+    "A planted regression is seen by a shadow run; a candidate gets its share, then all, and is rolled back."
+    target, name = SageMakerTarget(settings), "variants"
+    target.deploy(bundles["one"], name)
+    watched = target.deploy(bundles["wrong"], name, shadow=True)
+    assert watched.shadow["facts"]["release"] == release(bundles["wrong"]) and watched.release == release(bundles["one"]) and not target.status(name)["drift"]
+    for n, text in enumerate(TEXTS[:6] * 10):
+        ask(REGIONS[n % 2], name, text)
+    time.sleep(2)
+    found = compare_variants(read_capture(target.captured(name)), latency_ms=target.latency(name))
+    assert found.pairs >= 60 and found.flips.low > 0.5 and set(found.latency_ms) == {"current", "shadow"}, str(found)
+    tried = target.deploy(bundles["two"], name, share=0.2)
+    assert tried.shadow is None and tried.candidate == {"share": 0.2, "facts": {"release": release(bundles["two"])}} and tried.release == release(bundles["one"])
+    assert target.shift(name, 0.6).candidate["share"] == 0.6 and not target.status(name)["drift"]
+    weights = boto3.client("sagemaker", region_name=REGIONS[1]).describe_endpoint(EndpointName=name)["ProductionVariants"]
+    assert {v["VariantName"]: round(v["CurrentWeight"], 3) for v in weights} == {"current": 0.4, "candidate": 0.6}
+    boto3.client("sagemaker", region_name=REGIONS[1]).update_endpoint_weights_and_capacities(
+        EndpointName=name, DesiredWeightsAndCapacities=[{"VariantName": "candidate", "DesiredWeight": 0.1}])
+    boto3.client("sagemaker", region_name=REGIONS[1]).get_waiter("endpoint_in_service").wait(EndpointName=name, WaiterConfig={"Delay": 1})
+    assert any("us-east-1: variant 'candidate' has weight 0.1" in d for d in target.status(name)["drift"])
+    won = target.shift(name, 1)
+    assert won.release == release(bundles["two"]) and won.candidate is None and running(name) == [won.release] * 2
+    assert target.rollback(name).release == release(bundles["one"]) and running(name) == [release(bundles["one"])] * 2
+    target.delete(name)
+    assert name not in [e.name for e in target.endpoints()]
+    assert not boto3.client("sagemaker", region_name=REGIONS[0]).list_models(NameContains=name)["Models"]

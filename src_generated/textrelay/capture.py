@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import json
 import logging
 import os
@@ -261,10 +262,20 @@ def read_capture(
                 continue
             try:
                 event = json.loads(line)
-                said, data = event["captureData"]["endpointOutput"]["data"], event["captureData"]["endpointInput"]["data"]
-                messages, answer = json.loads(data), json.loads(said)
+                messages, answer = _messages(event["captureData"]["endpointInput"]), json.loads(_data(event["captureData"]["endpointOutput"]))
                 told = {"variant": file.parents[4].name, "time": event["eventMetadata"]["inferenceTime"], "release": answer["model"]["release"]}
                 for message, row in zip(messages, answer["predictions"], strict=True):
                     yield {**message, **{k: row[k] for k in ("label", "score", "status", "reason", "prediction_id")}, **told}
             except (ValueError, KeyError, TypeError, IndexError) as e:
                 raise ValueError(f"{file}, line {n}: not an event of textrelay's endpoints ({type(e).__name__})") from None
+
+
+def _data(part: Mapping[str, str]) -> bytes:
+    return base64.b64decode(part["data"]) if part["encoding"] == "BASE64" else part["data"].encode()
+
+
+def _messages(part: Mapping[str, str]) -> list[dict[str, Any]]:
+    "Messages of a recorded request; SageMaker records it as it came, so that it is redacted here."
+    items = read_request(_data(part), part["observedContentType"])
+    return [item if isinstance(item, dict) and {"id", "text", "subject", "headers"} <= set(item) else _recorded(item, n, redact) for n, item in enumerate(items)]
+

@@ -59,7 +59,7 @@ class State:
         "What a rollback returns to: the last known good one if something else runs, else the one before."
         return self.good if self.good and self.good != self.config else self.tags.get("previous")
 
-# %% ../../nbs/lib/49_region.ipynb #13100ed3
+# %% ../../nbs/lib/49_region.ipynb #fc060a84
 class Region:
     "Endpoints of one region."
 
@@ -330,7 +330,7 @@ class Region:
 
     def _calm(self, name: str, golden: Sequence[Any]) -> None:
         "Alarms that ring before anything was changed would end the deployment at once: let traffic silence those that only missed it."
-        deadline = time.monotonic() + 5 * self.settings.period_s
+        deadline = time.monotonic() + min(5 * self.settings.period_s, 600)
         with self._traffic(name, golden):
             while (ringing := self.ringing(name)) and not self.aws.dry:
                 if time.monotonic() > deadline:
