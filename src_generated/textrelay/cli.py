@@ -220,33 +220,55 @@ def trace(what: str, as_json: bool) -> None:
     _say(found, as_json, "\n\n".join(map(as_text, found)))
 
 
+def _place(params: str | None) -> Any:
+    "The target that a params file's deploy stage names; without one, this machine."
+    from textrelay.sagemaker import open_target
+    from textrelay.stages import read_params
+
+    return open_target(read_params(params).get("deploy", {}).get("target") if params else None)
+
+
+_where = click.option("--params", type=click.Path(exists=True, dir_okay=False), help="Params file whose deploy.target says where (default: this machine).")
+
+
 @main.command()
 @click.argument("bundle", metavar="BUNDLE")
 @click.argument("name")
-@click.option("--port", type=click.IntRange(1, 65535), help="Port of a new endpoint (default: the first free one from 8080).")
+@click.option("--port", type=click.IntRange(1, 65535), help="Port of a new local endpoint (default: the first free one from 8080).")
 @click.option("--share", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True), help="Of the traffic; below 1: a candidate beside what serves.")
-@click.option("--shadow", is_flag=True, help="Only copies of the traffic; its answers are counted, not given.")
-@click.option("--capture", type=click.FloatRange(0, 1), help="Share of the endpoint's requests to record, redacted (default: as it was; at first 0).")
+@click.option("--shadow", is_flag=True, help="Only copies of the traffic; its answers are counted or recorded, not given.")
+@click.option("--capture", type=click.FloatRange(0, 1), help="Share of the endpoint's requests to record (default: as it was; at first 0).")
+@_where
+@click.option("--dry-run", is_flag=True, help="SageMaker: print the exact calls of AWS's API, and change nothing.")
+@click.option("--role-policy", is_flag=True, help="SageMaker: print the IAM policy that allows these calls and no others, and change nothing.")
 @_json
-def deploy(bundle: str, name: str, port: int | None, share: float, shadow: bool, capture: float | None, as_json: bool) -> None:
-    """Let BUNDLE (a folder, or 'models:/name@alias') serve as endpoint NAME of this machine.
+def deploy(
+    bundle: str, name: str, port: int | None, share: float, shadow: bool, capture: float | None, params: str | None, dry_run: bool, role_policy: bool, as_json: bool
+) -> None:
+    """Let BUNDLE (a folder, or 'models:/name@alias') serve as endpoint NAME, of this machine or where --params says.
 
-    It must answer its golden rows before it gets traffic; what serves now goes on until then, and no request is lost."""
-    from textrelay.targets import LocalTarget
+    It must answer its golden rows before it gets the traffic; what serves now goes on until then, and no request is lost."""
+    place, how = _place(params), {"share": share, "shadow": shadow, "options": {} if capture is None else {"capture": capture}}
+    if not (dry_run or role_policy):
+        return _endpoint(place.deploy(_folder(bundle), name, port=port, **how), as_json)
+    if not hasattr(place, "plan"):
+        raise click.UsageError("--dry-run and --role-policy are of SageMaker: name a params file whose deploy.target is one with --params")
+    calls = place.plan(_folder(bundle), name, **how)
+    if role_policy:
+        from textrelay.aws import role_policy as document
 
-    options = {} if capture is None else {"capture": capture}
-    _endpoint(LocalTarget().deploy(_folder(bundle), name, port=port, share=share, shadow=shadow, options=options), as_json)
+        return _say(document(calls, place.settings.account), True, "")
+    _say([vars(c) for c in calls], as_json, "\n".join(map(str, calls)))
 
 
 @main.command()
 @click.argument("name")
 @click.argument("share", type=click.FloatRange(0, 1))
+@_where
 @_json
-def shift(name: str, share: float, as_json: bool) -> None:
+def shift(name: str, share: float, params: str | None, as_json: bool) -> None:
     """Give the candidate of endpoint NAME another SHARE of the traffic; 1: it becomes the current release, 0: it is withdrawn."""
-    from textrelay.targets import LocalTarget
-
-    _endpoint(LocalTarget().shift(name, share), as_json)
+    _endpoint(_place(params).shift(name, share), as_json)
 
 
 @main.command()
@@ -263,17 +285,18 @@ def rollback(name: str, as_json: bool) -> None:
 @click.argument("name", required=False)
 @click.option("--start", is_flag=True, help="Start it, anew if it runs.")
 @click.option("--delete", is_flag=True, help="Stop it and forget it; its recordings stay.")
+@_where
 @_json
-def endpoints(name: str | None, start: bool, delete: bool, as_json: bool) -> None:
-    """List the endpoints of this machine; with NAME, show one, start it, or delete it."""
+def endpoints(name: str | None, start: bool, delete: bool, params: str | None, as_json: bool) -> None:
+    """List the endpoints of this machine, or of where --params says; with NAME, show one (of SageMaker with what was changed by hand), start it, or delete it."""
     from dataclasses import asdict
 
-    from textrelay.targets import LocalTarget
-
-    target = LocalTarget()
+    target = _place(params)
     if (start or delete) and not name or start and delete:
         raise click.UsageError("name one endpoint, and one of --start and --delete")
     if start:
+        if not hasattr(target, "start"):
+            raise click.UsageError("--start is of this machine's endpoints; SageMaker keeps its own running")
         return _endpoint(target.start(str(name)), as_json)
     if delete:
         target.delete(str(name))

@@ -64,7 +64,7 @@ def _told(name: str, states: Sequence[State], previous: dict[str, Any] | None = 
         {s.region: {"status": s.status, "release": s.release, "config": s.config, "good": s.good, "variants": s.variants, "shadow": s.shadow, "reason": s.reason}
          for s in states}, list(drift))
 
-# %% ../../nbs/lib/51_sagemaker.ipynb #8da2dd82
+# %% ../../nbs/lib/51_sagemaker.ipynb #ce4ac5b9
 class SageMakerTarget:
     "Endpoints in SageMaker, in all regions of the settings at once."
 
@@ -112,8 +112,8 @@ class SageMakerTarget:
         def switch(region: Region) -> None:
             state, wish = before[region.region], wanted[region.region]
             if state.config != wish.config:
-                alone = role == "current" and set(state.variants) <= {"current"} and not state.shadow
-                region.switch(name, wish.config, state, golden, facts=wish.facts, shifted=alone)
+                same = set(state.variants) == {"current"} and role != "candidate"  # else SageMaker takes no steps and no alarms
+                region.switch(name, wish.config, state, golden, facts=wish.facts, shifted=role == "current" and not state.shadow, guarded=same)
             if role != "shadow" and not self.aws.dry:
                 self._check(region, name, what.golden, known["release"], role if role == "candidate" else None)
             elif role != "shadow":
