@@ -169,21 +169,30 @@ def score_apart(
     y: Sequence[str],             # n true labels
     *,
     dataset: str,                 # digest of the data set
+    python: str | Path | None = None,  # of the bundle's own environment; None: this one
 ) -> Scores:
     "Score messages with a bundle in a new Python; a RuntimeError says what that one said last."
     from textrelay.metrics import read_scores
+    from textrelay.wheels import unpacked
 
     release = read_bundle(bundle).facts["release"] or digest_tree(bundle)
     program = """import sys
-from textrelay.batch import score_file
+from textrelay.batch import score_rows
+from textrelay.core import read_table, write_table
 from textrelay.model import Model
-bundle, rows, out, release, dataset = sys.argv[1:]
-score_file(Model.load(bundle, release=release), rows, out, release=release, dataset=dataset, label="label")"""
+bundle, source, out, release, dataset = sys.argv[1:]
+model, items = Model.load(bundle, release=release), read_table(source)
+y = [item.pop("label") for item in items]
+model.transform(items[:1])  # the first answer is slow, and no endpoint's first answer goes to a customer
+write_table(out, [row for n, item in enumerate(items) for row in score_rows(model, [item], [y[n]], n, dataset=dataset, release=release)])"""
+    # An environment of its own has the bundle's wheels installed; here they are put in front, textrelay's too.
+    own = [] if python else [str(unpacked(wheel)) for wheel in sorted(Path(bundle).glob("wheels/*.whl"))]
+    env = {**os.environ, "PYTHONPATH": "" if python else os.pathsep.join([*own, *filter(None, [os.environ.get("PYTHONPATH")])])}
     with tempfile.TemporaryDirectory(prefix="textrelay-") as scratch:
         rows, out = Path(scratch) / "rows.jsonl", Path(scratch) / "scores.csv"
         write_table(rows, [{**item, "label": label} for item, label in zip(items, y, strict=True)])
-        command = [sys.executable, "-P", "-c", program, str(Path(bundle).resolve()), str(rows), str(out), release, dataset]
-        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        command = [str(python or sys.executable), "-P", "-c", program, str(Path(bundle).resolve()), str(rows), str(out), release, dataset]
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=env)
         if done.returncode:
             raise RuntimeError(f"{bundle}: scoring in a process of its own failed: {(done.stderr.strip().splitlines() or ['it was ended'])[-1]}")
         return read_scores(out)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .core import IntegrityError, atomic_folder, digest_json, home, manifest, read_table, verify_manifest
+from .likeness import alike
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -364,7 +365,7 @@ class Dataset:
     splits: dict[str, list[Record]]          # 'train', 'validation', 'test' -> rows
     text: str = "text"                       # column of the text
     label: str = "label"                     # column of the label
-    dropped: int = 0                         # duplicate rows that were removed
+    dropped: int = 0                         # rows that were removed: duplicates, and training rows that are nearly a row of another part
 
     @property
     def labels(self) -> list[str]:
@@ -430,9 +431,11 @@ def load_dataset(
         splits = {s: _checked(p, read_table(p), text, label) for s, p in tables.items()}
     elif path.is_file():
         rows = _checked(path, read_table(path), text, label, group)
-        unique = _deduplicated(rows, text, label)
-        dropped = len(rows) - len(unique)
-        splits = _split(path, unique, label, group, split_seed, fractions)
+        splits = _split(path, _deduplicated(rows, text, label), label, group, split_seed, fractions)
+        elsewhere = [row[text] for part in SPLITS[1:] for row in splits[part]]
+        seen = {n for n, _, _ in alike([row[text] for row in splits["train"]], elsewhere)}
+        splits["train"] = [row for n, row in enumerate(splits["train"]) if n not in seen]
+        dropped = len(rows) - sum(map(len, splits.values()))
     else:
         raise FileNotFoundError(f"{path}: no such file or folder; a published data set is named name@version")
     for part, rows in splits.items():

@@ -6,30 +6,34 @@
 from __future__ import annotations
 
 import difflib
+import html
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-import numpy as np
+from .metrics import PAIRED
 
-from .metrics import PAIRED, Scores, compare, different_rows, evaluate, mcnemar, metric_name
-
-LOSSES = ("log_loss", "brier", "ece", "ms")  # metrics, or first parts of their names, of which less is better
-KINDS = ("at_least", "at_most", "not_worse_than")
-KEYS = ("metric", *KINDS, "margin", "lower_is_better")
+LOSSES = ("log_loss", "brier", "ece", "ms", "bundle")  # metrics, or first parts of their names, of which less is better
+KINDS = ("at_least", "at_most", "between", "not_worse_than")
+KEYS = ("metric", *KINDS, "slice", "margin", "waiver")
+ROWS = 30  # fewer rows (of a label: rows that have it) say nothing: at 30 even the mean of a share is known to 0.18 at best (95 %, at one half)
 
 # %% auto #0
-__all__ = ['LOSSES', 'KINDS', 'KEYS', 'ROWS', 'Verdict', 'lower_is_better', 'check_rules', 'judge', 'judge_scores']
+__all__ = ['LOSSES', 'KINDS', 'KEYS', 'ROWS', 'COLOURS', 'Verdict', 'check', 'lower_is_better', 'kind_of', 'in_words',
+           'check_rules', 'judge', 'judge_metric', 'unusable', 'distinct']
 
 # %% ../../nbs/lib/12_gates.ipynb #3d3d662e
+COLOURS = {"PASS": "#009E73", "FAIL": "#D55E00", "INCONCLUSIVE": "#E69F00"}
+
+
 @dataclass(frozen=True)
 class Verdict:
     "What the gates say, check by check."
 
     outcome: str                        # PASS, FAIL or INCONCLUSIVE
-    checks: tuple[dict[str, Any], ...]  # gate, rule, value, bound, outcome, why
+    checks: tuple[dict[str, Any], ...]  # see `check`
 
     @classmethod
     def of(
@@ -45,23 +49,66 @@ class Verdict:
         "Nothing failed and everything could be judged."
         return self.outcome == "PASS"
 
+    @property
+    def waivers(self) -> list[str]:
+        "Why checks passed that nobody could judge."
+        return [f"{c['rule']}: {c['waiver']}" for c in self.checks if c.get("waiver")]
+
     def rows(self) -> list[dict[str, Any]]:
-        "A table for reports."
-        return [dict(c) for c in self.checks]
+        "The checks as JSON: what is not a number is null."
+        return [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in c.items()} for c in self.checks]
 
     def __str__(self) -> str:
         return "\n".join(f"{c['outcome']:12} {c['why']}" for c in self.checks)
+
+    def _repr_html_(self) -> str:
+        "What Jupyter shows."
+        cell, lines = "<td style='text-align: left; vertical-align: top'>", []
+        for c in self.checks:
+            columns = (f"<b style='color: {COLOURS[c['outcome']]}'>{c['outcome']}</b>", html.escape(c["rule"]), html.escape(c["why"]))
+            lines.append("<tr>" + "".join(f"{cell}{text}</td>" for text in columns) + "</tr>")
+        passed = sum(c["outcome"] == "PASS" for c in self.checks)
+        return (f"<p><b style='color: {COLOURS[self.outcome]}'>{self.outcome}</b>: {passed} of {len(self.checks)} checks passed</p>"
+                f"<table><thead><tr><th>verdict</th><th>what is asked</th><th>what was found</th></tr></thead><tbody>{''.join(lines)}</tbody></table>")
+
+
+def check(
+    outcome: str,      # PASS, FAIL or INCONCLUSIVE
+    gate: str,         # metric, or what else is looked at
+    rule: str,         # what is asked, in words
+    why: str,          # what was found, in words
+    **found: Any,      # value, bound, champion, difference, low, high, rows, waiver
+) -> dict[str, Any]:   # JSON
+    "One line of a verdict; what it does not know is None."
+    unknown = dict.fromkeys(("value", "bound", "champion", "difference", "low", "high", "rows", "waiver"))
+    return {"gate": gate, "rule": rule, "outcome": outcome, "why": why, **unknown, **found}
 
 # %% ../../nbs/lib/12_gates.ipynb #509e2a35
 def lower_is_better(
     metric: str,  # such as log_loss or ms.p95
 ) -> bool:
-    "Whether a metric is a known loss or a time."
+    "Whether a metric is a known loss, a time or a size."
     return metric.split(".")[0] in LOSSES
 
 
+def kind_of(
+    rule: Mapping[str, Any],  # checked
+) -> str:                     # one of KINDS
+    "What a rule asks for."
+    return next(k for k in KINDS if k in rule)
+
+
+def in_words(
+    rule: Mapping[str, Any],  # checked
+) -> str:
+    "A rule as people say it."
+    kind = kind_of(rule)
+    asked = f"between {rule[kind][0]} and {rule[kind][1]}" if kind == "between" else f"{kind.replace('_', ' ')} {rule[kind]}"
+    return rule["metric"] + (f" where {rule['slice']}" if "slice" in rule else "") + f" {asked}" + (f", margin {rule['margin']}" if "margin" in rule else "")
+
+
 def check_rules(
-    rules: Sequence[Mapping[str, Any]],  # {metric, at_least}, {metric, at_most} or {metric, not_worse_than: champion, margin}
+    rules: Sequence[Mapping[str, Any]],  # a metric each, one of KINDS, and what else KEYS names
 ) -> None:
     "Raise a ValueError that names the rule with a mistake."
     if not rules:
@@ -85,164 +132,80 @@ def _problem(rule: Any) -> str:
     if len(kinds := [k for k in KINDS if k in rule]) != 1:
         return f"expected exactly one of {', '.join(KINDS)}, found {kinds or 'none'}"
     for key in ("at_least", "at_most", "margin"):
-        value = rule.get(key, 0)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or (key == "margin" and value < 0):
-            return f"{key} is {value!r}, expected a finite number" + (", 0 or more" if key == "margin" else "")
+        if key in rule and (not _is_number(rule[key]) or (key == "margin" and rule[key] < 0)):
+            return f"{key} is {rule[key]!r}, expected a finite number" + (", 0 or more" if key == "margin" else "")
+    if "slice" in rule and not (isinstance(rule["slice"], str) and all(part.strip() for part in rule["slice"].partition("="))):
+        return f"slice is {rule['slice']!r}, expected 'column=value', for example source=phone"
+    if "waiver" in rule and not (isinstance(rule["waiver"], str) and rule["waiver"].strip()):
+        return f"waiver is {rule['waiver']!r}, expected the reason why a first release may go without this comparison"
+    if kinds == ["between"]:
+        pair = rule["between"]
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(map(_is_number, pair)) or pair[0] > pair[1]:
+            return f"between is {pair!r}, expected [lowest, highest]"
     if kinds != ["not_worse_than"]:
-        return next((f"{k} goes with not_worse_than, not with {kinds[0]}" for k in ("margin", "lower_is_better") if k in rule), "")
+        return next((f"{k} goes with not_worse_than, not with {kinds[0]}" for k in ("margin", "waiver") if k in rule), "")
     if rule["not_worse_than"] != "champion":
         return f"not_worse_than is {rule['not_worse_than']!r}; only 'champion' is known"
-    less = rule.get("lower_is_better", lower_is_better(name))
-    if not isinstance(less, bool):
-        return f"lower_is_better is {less!r}, expected true or false"
-    return f"of {name} less is better; leave lower_is_better out" if lower_is_better(name) and not less else ""
+    known = name.partition(".")[0] in PAIRED
+    return "" if known else f"{name} cannot be compared row by row; ask for at_most, at_least or between. With the champion are compared: {', '.join(PAIRED)}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 # %% ../../nbs/lib/12_gates.ipynb #2fa03086
 def judge(
-    rules: Sequence[Mapping[str, Any]],           # see `check_rules`
-    metrics: Mapping[str, float],                 # of the candidate, as `metrics.evaluate` gives them
-    champion: Mapping[str, float] | None = None,  # of the model that runs now; None before the first release
-) -> Verdict:                                     # PASS only if every check passes
-    "Judge a candidate. A missing metric or NaN is never a pass; a tie is."
-    return _judge(rules, metrics, champion, "")
-
-
-def _judge(
-    rules: Sequence[Mapping[str, Any]], metrics: Mapping[str, float], champion: Mapping[str, float] | None, obstacle: str
-) -> Verdict:
+    rules: Sequence[Mapping[str, Any]],  # see `check_rules`
+    metrics: Mapping[str, float],        # of the candidate, as `metrics.evaluate` gives them
+) -> Verdict:                            # PASS only if every check passes
+    "Judge metrics by absolute bounds. A missing metric, NaN or too few rows are never a pass; a tie is."
     check_rules(rules)
-    absolute = any("not_worse_than" not in r for r in rules)
-    checks = []
-    for rule in rules:
-        name, kind = rule["metric"], next(k for k in KINDS if k in rule)
-        problem = _unusable(metrics, name, "the run") or (obstacle if kind == "not_worse_than" else "")
-        if problem:
-            result: tuple[str, str, float | None] = "INCONCLUSIVE", f"gate {name!r} cannot be judged: {problem}", None
-        elif kind == "not_worse_than":
-            result = _against_champion(rule, metrics[name], champion, absolute)
-        else:
-            result = _absolute(rule, metrics[name])
-        text = f"{name} {kind.replace('_', ' ')} {rule[kind]}" + (f", margin {rule['margin']}" if "margin" in rule else "")
-        checks.append({"gate": name, "rule": text, "value": metrics.get(name), "bound": result[2], "outcome": result[0], "why": result[1]})
-    return Verdict.of(checks)
+    return Verdict.of([judge_metric(rule, metrics) for rule in rules])
 
 
-def _unusable(metrics: Mapping[str, float], name: str, whose: str) -> str:
-    "Why a metric cannot be compared, '' if it can."
+def judge_metric(
+    rule: Mapping[str, Any],       # checked
+    metrics: Mapping[str, float],  # of the candidate
+    obstacle: str = "",            # why it cannot be judged, if that is known already
+) -> dict[str, Any]:               # see `check`
+    "One rule with an absolute bound."
+    name, kind = rule["metric"], kind_of(rule)
+    obstacle = obstacle or unusable(name, metrics)
+    if not obstacle and (kind == "not_worse_than" or "slice" in rule):
+        obstacle = "it needs score tables, not metrics alone"
+    if obstacle:
+        value = metrics.get(name)
+        return check("INCONCLUSIVE", name, in_words(rule), f"gate {name!r} cannot be judged: {obstacle}", value=float(value) if isinstance(value, Real) else None)
+    value = float(metrics[name])
+    low, high = {"at_least": (rule[kind], math.inf), "at_most": (-math.inf, rule[kind])}.get(kind) or rule[kind]
+    bound = low if value < low or math.isinf(high) else high
+    shown, limit = distinct(value, bound)
+    asked = f"at least {limit} is required" if kind == "at_least" else f"at most {limit} is allowed" if kind == "at_most" else f"{low:g} to {high:g} is allowed"
+    outcome = "PASS" if low <= value <= high else "FAIL"
+    return check(outcome, name, in_words(rule), f"{name} is {shown}; {asked}", value=value, bound=float(bound), rows=metrics.get("rows"))
+
+
+def unusable(
+    name: str,                     # of a metric
+    metrics: Mapping[str, float],
+) -> str:                          # '' if it can be judged
+    "Why a metric cannot be judged."
     if name not in metrics:
-        close = difflib.get_close_matches(name, metrics, 3)
-        return f"{whose} has no such metric; it has {sorted(metrics) if len(metrics) <= 40 else f'{len(metrics)} others'}" + (
-            f", did you mean {close[0]!r}?" if close else "")
+        close = difflib.get_close_matches(name, metrics, 1)
+        have = sorted(metrics) if len(metrics) <= 40 else f"{len(metrics)} others"
+        return f"the run has no such metric; it has {have}" + (f", did you mean {close[0]!r}?" if close else "")
     value = metrics[name]
     if not isinstance(value, Real) or not math.isfinite(value):  # numpy's numbers are Real too
-        return f"{whose} has {value!r} for it, which is not a finite number"
+        return f"the run has {value!r} for it, which is not a finite number"
+    kind, _, label = name.partition(".")
+    of_label = kind in ("precision", "recall", "f1")
+    rows = metrics.get(f"support.{label}" if of_label else "rows", ROWS)
+    if kind not in ("bundle", "rows") and rows < ROWS:
+        return f"{rows:.0f} rows{f' have the label {label}' if of_label else ''}, at least {ROWS} are needed"
     return ""
 
 
-def _absolute(rule: Mapping[str, Any], value: float) -> tuple[str, str, float]:
-    least = "at_least" in rule
-    bound = rule["at_least" if least else "at_most"]
-    passed = value >= bound if least else value <= bound
-    shown, limit = _shown(value, bound)
-    return "PASS" if passed else "FAIL", f"{rule['metric']} is {shown}; at {'least' if least else 'most'} {limit} is required", bound
-
-
-def _against_champion(
-    rule: Mapping[str, Any], value: float, champion: Mapping[str, float] | None, absolute: bool
-) -> tuple[str, str, float | None]:
-    name, margin = rule["metric"], rule.get("margin", 0)
-    if champion is None and absolute:
-        return "PASS", f"{name} is {_shown(value)[0]}; no champion yet: a first release, judged by its absolute rules", None
-    if champion is None:
-        remedy = f"add an absolute rule such as {{metric: {name}, at_least: …}}"
-        return "INCONCLUSIVE", f"gate {name!r} cannot be judged: no champion yet; {remedy}", None
-    if problem := _unusable(champion, name, "the champion"):
-        return "INCONCLUSIVE", f"gate {name!r} cannot be judged: {problem}", None
-    sign = -1 if rule.get("lower_is_better", lower_is_better(name)) else 1
-    bound = champion[name] - sign * margin
-    passed = sign * (value - bound) >= -1e-12
-    shown, theirs, _ = _shown(value, champion[name], bound)
-    allowed = f"at most {margin:g} worse is allowed" if margin else "it may not be worse"
-    return "PASS" if passed else "FAIL", f"{name} is {shown}, the champion's is {theirs}; {allowed}", bound
-
-
-def _shown(*values: float) -> list[str]:
+def distinct(*values: float) -> list[str]:
     "Numbers with so few digits that different ones still look different: 0.69996 is not 'less than 0.7' as 0.7."
     digits = next((d for d in range(4, 17) if len({f"{v:.{d}g}" for v in values}) == len(set(values))), 17)
     return [f"{v:.{digits}g}" for v in values]
-
-# %% ../../nbs/lib/12_gates.ipynb #41186e1b
-ROWS = 30  # fewer rows (of a label: rows that have it) say nothing about a difference
-
-
-def judge_scores(
-    rules: Sequence[Mapping[str, Any]],       # see `check_rules`
-    scores: Scores,                           # of the candidate
-    champion_scores: Scores | None = None,    # of the model that runs now, on the same rows; None before the first release
-) -> Verdict:                                 # never PASS if the two tables are not of the same rows
-    "Judge a candidate by the tables that scoring wrote."
-    check_rules(rules)
-    if champion_scores is None:
-        return judge(rules, evaluate(scores))
-    if different := different_rows(scores, champion_scores):
-        obstacle = f"candidate and champion were scored on other rows: {different}; score both on one data set"
-        verdict = _judge(rules, evaluate(scores), {}, obstacle)
-        same = {"gate": "champion", "rule": "same rows as the champion", "value": None, "bound": None, "outcome": "INCONCLUSIVE"}
-        return Verdict.of([*verdict.checks, {**same, "why": obstacle}])
-    ours, theirs = evaluate(scores), evaluate(champion_scores)
-    checks = []
-    for rule in rules:
-        check = judge([rule], ours, theirs).checks[0]
-        if "not_worse_than" in rule and rule["metric"].partition(".")[0] in PAIRED and check["bound"] is not None:
-            outcome, why = _paired(rule, scores, champion_scores)
-            check = {**check, "outcome": outcome, "why": why}
-        checks.append(check)
-    return Verdict.of(checks)
-
-
-def _paired(rule: Mapping[str, Any], scores: Scores, champion: Scores) -> tuple[str, str]:
-    "Outcome of a champion rule by the interval of the difference, and why."
-    metric, margin = rule["metric"], rule.get("margin", 0)
-    if problem := _too_few(scores, metric) or _self_test(metric, margin, champion):
-        return "INCONCLUSIVE", f"gate {metric!r} cannot be judged: {problem}"
-    found = compare(scores, champion, metric)
-    outcome, test = _decided(found, margin), mcnemar(scores, champion)
-    text = (f"{metric} {found['difference']:+.4f} against the champion, 95 % interval {found['low']:+.4f} to {found['high']:+.4f} (allowed: {-margin:+g}); "
-            f"right where the other is wrong: {test['only_a']:.0f} rows against {test['only_b']:.0f}, McNemar p {test['p']:.3g}")
-    return outcome, text + (f"; {_more_rows(found, margin)}" if outcome == "INCONCLUSIVE" else "")
-
-
-def _decided(found: Mapping[str, float], margin: float) -> str:
-    if found["low"] >= -margin - 1e-12:
-        return "PASS"
-    return "FAIL" if found["high"] < -margin else "INCONCLUSIVE"
-
-
-def _more_rows(found: Mapping[str, float], margin: float) -> str:
-    "An interval narrows with the root of the number of rows."
-    away = found["difference"] + margin
-    width = found["difference"] - found["low"] if away > 0 else found["high"] - found["difference"]
-    if abs(away) < 1e-9 or (needed := math.ceil(found["rows"] * (width / away) ** 2)) > 1e7:
-        return "no number of rows would decide: the difference is the margin"
-    return f"about {max(needed - int(found['rows']), 1)} more rows would decide, if the difference stays what it is"
-
-
-def _too_few(scores: Scores, metric: str) -> str:
-    label = metric.partition(".")[2]
-    rows = sum(metric_name(str(c)) == label for c in scores.y) if label else len(scores)
-    return f"{rows} rows{f' have the label {label}' if label else ''}, at least {ROWS} are needed for an interval" if rows < ROWS else ""
-
-
-def _self_test(metric: str, margin: float, champion: Scores) -> str:
-    "What is wrong with the judging itself, '' if it can tell better from worse here."
-    k = len(champion.classes)
-    wrong = np.array([(champion.classes.index(c) + 1) % k if c in champion.classes else 0 for c in champion.y])
-    worse = replace(champion, P=np.eye(k)[wrong], status=["scored"] * len(champion), reason=[None] * len(champion))
-    for ours, theirs, expected, what in (
-        (champion, champion, "PASS", "the champion does not pass against itself"),
-        (champion, worse, "PASS", "the champion does not pass against one that is always wrong"),
-        (worse, champion, "FAIL", "a candidate that is always wrong does not fail"),
-    ):
-        if _decided(compare(ours, theirs, metric), margin) != expected:
-            return f"its self-test failed: {what}; is the margin larger than what the champion achieves?"
-    return ""

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from .core import digest_bytes, read_table, write_table
 STATUSES = ("scored", "suppressed", "abstained")
 
 # %% auto #0
-__all__ = ['STATUSES', 'PAIRED', 'Scores', 'write_scores', 'read_scores', 'reliability', 'expected_calibration_error',
-           'metric_name', 'confusion', 'evaluate', 'compare', 'mcnemar', 'different_rows', 'worst_errors']
+__all__ = ['STATUSES', 'BY_LABEL', 'BY_ROW', 'PAIRED', 'OF_ONE', 'Statistic', 'Scores', 'write_scores', 'read_scores',
+           'reliability', 'expected_calibration_error', 'metric_name', 'confusion', 'evaluate', 'compare', 'mcnemar',
+           'different_rows', 'worst_errors']
 
 # %% ../../nbs/lib/11_metrics.ipynb #1b973bff
 @dataclass(frozen=True, eq=False)
@@ -35,6 +37,7 @@ class Scores:
     ms: np.ndarray            # n times in milliseconds, NaN where nobody measured
     dataset: str = ""         # digest of the data set
     model: str = ""           # digest of the model
+    slices: Mapping[str, Sequence[str]] = field(default_factory=dict)  # name -> n values, as source -> phone: parts of the rows that a gate looks at alone
 
     def __post_init__(self) -> None:
         if problem := _problem(self):
@@ -58,6 +61,16 @@ class Scores:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def where(
+        self,
+        rows: np.ndarray,  # mask, shape (n,)
+    ) -> Scores:
+        "Some of the rows; none is an error."
+        at: list[int] = np.flatnonzero(rows).tolist()
+        ids, status, reason = [self.ids[n] for n in at], [self.status[n] for n in at], [self.reason[n] for n in at]
+        slices = {k: [values[n] for n in at] for k, values in self.slices.items()}
+        return replace(self, ids=ids, y=self.y[at], P=self.P[at], status=status, reason=reason, ms=self.ms[at], slices=slices)
+
     @property
     def scored(self) -> np.ndarray:
         "Mask of the rows that were not held back."
@@ -79,6 +92,7 @@ def _problem(scores: Scores) -> str:
     "What is wrong with a table, '' if nothing."
     n, classes, P, status = len(scores.ids), scores.classes, scores.P, scores.status
     lengths = {"y": len(scores.y), "P": len(P), "status": len(status), "reason": len(scores.reason), "ms": len(scores.ms)}
+    lengths |= {f"slice {k}": len(values) for k, values in scores.slices.items()}
     if wrong := {k: v for k, v in lengths.items() if v != n}:
         return f"expected {n} rows everywhere, as there are ids, found {wrong}"
     if not n or not classes:
@@ -121,7 +135,7 @@ def write_scores(
         P = {f"p.{c}": text(p) for c, p in zip(scores.classes, scores.P[n], strict=True)}
         rows.append({
             "id": name, "label": str(scores.y[n]), "predicted": str(predicted), **P, "status": scores.status[n], "reason": scores.reason[n] or "",
-            "ms": text(scores.ms[n]), "dataset": scores.dataset, "model": scores.model,
+            "ms": text(scores.ms[n]), "dataset": scores.dataset, "model": scores.model, **{f"slice.{k}": str(values[n]) for k, values in scores.slices.items()},
         })
     return write_table(path, rows)
 
@@ -141,9 +155,10 @@ def read_scores(
     P = np.array([[_number(path, n, f"p.{c}", r[f"p.{c}"]) for c in classes] for n, r in enumerate(rows, 1)])
     ms = np.array([_number(path, n, "ms", r["ms"]) for n, r in enumerate(rows, 1)])
     column = {k: [r[k] for r in rows] for k in need}
+    slices = {k.removeprefix("slice."): [r[k] for r in rows] for k in rows[0] if k.startswith("slice.")}
     try:
         y, reason = np.array(column["label"], dtype=str), [r or None for r in column["reason"]]
-        return Scores(column["id"], y, classes, P, column["status"], reason, ms, rows[0]["dataset"], rows[0]["model"])
+        return Scores(column["id"], y, classes, P, column["status"], reason, ms, rows[0]["dataset"], rows[0]["model"], slices)
     except ValueError as e:
         raise ValueError(f"{path}: {str(e).removeprefix('scores: ')}") from None
 
@@ -162,13 +177,17 @@ def reliability(
 ) -> list[dict[str, float]]:  # for each bin that holds rows: low, high, rows, confidence, accuracy
     "Confidence beside accuracy, bin by bin."
     confidence, right = P.max(axis=1), P.argmax(axis=1) == y
-    which = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    which = _bins(P, bins)
     groups = ((b, which == b) for b in np.unique(which))
     return [
         {"low": float(b / bins), "high": float((b + 1) / bins), "rows": float(inside.sum()),
          "confidence": float(confidence[inside].mean()), "accuracy": float(right[inside].mean())}
         for b, inside in groups
     ]
+
+
+def _bins(P: np.ndarray, bins: int = 15) -> np.ndarray:
+    return np.clip(np.ceil(P.max(axis=1) * bins).astype(int) - 1, 0, bins - 1)
 
 
 def expected_calibration_error(
@@ -247,48 +266,141 @@ def evaluate(
     if scored.any():
         out |= _probability_metrics(true[scored], scores.P[scored])
     if not np.isnan(scores.ms).any():
-        out |= {f"ms.p{q}": float(np.percentile(scores.ms, q)) for q in (50, 95)}
+        out |= {f"ms.p{q}": float(np.percentile(scores.ms, q, method="inverted_cdf")) for q in (50, 95)}  # a time that a row took
+    out |= _held_back(scores)
     for n, label in enumerate(scores.labels):
         out |= {f"{key}.{metric_name(label)}": float(rates[key][0, n]) for key in ("precision", "recall", "f1", "support")}
     return out
 
 
-def _probability_metrics(true: np.ndarray, P: np.ndarray) -> dict[str, float]:
+def _held_back(scores: Scores) -> dict[str, float]:
+    "Share of rows by status, by reason, and by what stands before a reason's colon."
+    n = len(scores)
+    codes = Counter(c for status, r in zip(scores.status, scores.reason, strict=True) if status != "scored" and r for c in {r, r.partition(":")[0]})
+    rates = {f"rate.{metric_name(c.replace(':', '.'))}": count / n for c, count in sorted(codes.items())}
+    return rates | {f"rate.{s}": scores.status.count(s) / n for s in STATUSES[1:]}
+
+
+def _losses(true: np.ndarray, P: np.ndarray) -> dict[str, np.ndarray]:
+    "Log loss and Brier score of each row."
     known = np.pad(P, ((0, 0), (0, max(0, int(true.max()) + 1 - P.shape[1]))))  # a label that the model cannot say has probability 0
     p_true = known[np.arange(len(P)), true]
     return {
-        "log_loss": float(-np.log(np.clip(p_true, np.finfo(float).eps, 1)).mean()),  # clipped as in scikit-learn
-        "brier": float(((P**2).sum(axis=1) - 2 * p_true + 1).mean()),  # over all classes, 0 to 2 (Brier 1950)
-        "ece": expected_calibration_error(true, P),
+        "log_loss": -np.log(np.clip(p_true, np.finfo(float).eps, 1)),  # clipped as in scikit-learn
+        "brier": (P**2).sum(axis=1) - 2 * p_true + 1,                  # over all classes, 0 to 2 (Brier 1950)
     }
 
+
+def _probability_metrics(true: np.ndarray, P: np.ndarray) -> dict[str, float]:
+    return {**{k: float(v.mean()) for k, v in _losses(true, P).items()}, "ece": expected_calibration_error(true, P)}
+
 # %% ../../nbs/lib/11_metrics.ipynb #5ca08b23
-PAIRED = ("accuracy", "f1_macro", "precision", "recall", "f1")  # metrics that `compare` knows; the last three of one label: 'f1.unsubscribe'
+BY_LABEL = ("accuracy", "f1_macro", "precision", "recall", "f1", "coverage")  # of predicted labels; the three in the middle of one label: 'f1.unsubscribe'
+BY_ROW = ("log_loss", "brier", "ece", "ms")                                   # of each row's probabilities or time: 'ms.p95'
+PAIRED = BY_LABEL + BY_ROW  # metrics, or first parts of their names, that `compare` knows
+OF_ONE = ("precision", "recall", "f1", "ms")
 
 
 def compare(
     a: Scores,
     b: Scores,                 # of the same rows in the same order
-    metric: str = "f1_macro",  # or 'accuracy', or 'precision', 'recall' or 'f1' of a label, as in 'f1.unsubscribe'
+    metric: str = "f1_macro",  # one of `PAIRED`
     *,
     intervals: int = 2000,     # bootstrap samples
     seed: int = 0,             # of the bootstrap
+    cautious: bool = False,    # low as if one more row had been seen that speaks against a, high as if one that speaks for it
 ) -> dict[str, float]:         # difference a - b, its 95 % interval low and high, rows, flips (rows with another predicted label)
     "Paired bootstrap of the difference of a metric."
-    kind, _, label = metric.partition(".")
-    if kind not in PAIRED or bool(label) != (kind in ("precision", "recall", "f1")):
-        raise ValueError(f"compare: metric {metric!r}: expected f1_macro, accuracy, or precision, recall or f1 of a label, such as f1.unsubscribe")
+    kind, _, part = metric.partition(".")
+    if kind not in PAIRED or bool(part) != (kind in OF_ONE):
+        whole = ", ".join(k for k in PAIRED if k not in OF_ONE)
+        raise ValueError(f"compare: metric {metric!r}: expected {whole}, ms.p95, or precision, recall or f1 of a label, such as f1.unsubscribe")
     if different := different_rows(a, b):
         raise ValueError(f"compare: {different}; score both on one data set")
-    (true_a, guess_a, k_a), (true_b, guess_b, k_b) = _indices(a), _indices(b)
-    cells, weights = _draws([true_a, guess_a, true_b, guess_b], intervals, seed)
-    rates = _rates(cells[:, 0], cells[:, 1], k_a, weights)[kind], _rates(cells[:, 2], cells[:, 3], k_b, weights)[kind]
-    if label:
-        rates = rates[0][:, _column(a, metric, label)], rates[1][:, _column(b, metric, label)]
-    difference = rates[0] - rates[1]
-    low, high = np.percentile(difference[1:], [2.5, 97.5]) if intervals else (np.nan, np.nan)
+    statistic, counts, against, beside = (_by_label if kind in BY_LABEL else _by_row)(a, b, metric)
+    difference = float(statistic(counts[None])[0])
+    extra = (against, beside) if cautious else (0, 0)
+    low, high = (_bound(statistic, counts + more, q, intervals, seed) for more, q in zip(extra, (2.5, 97.5), strict=True))
     flips = float((a.predicted != b.predicted).sum())
-    return {"difference": float(difference[0]), "low": float(low), "high": float(high), "rows": float(len(a)), "flips": flips}
+    return {"difference": difference, "low": low, "high": high, "rows": float(len(a)), "flips": flips}
+
+
+Statistic = Callable[[np.ndarray], np.ndarray]  # how often each of m kinds of rows is drawn, shape (samples, m) -> difference, shape (samples,)
+
+
+def _bound(statistic: Statistic, counts: np.ndarray, percent: float, intervals: int, seed: int) -> float:
+    rng, total = np.random.default_rng(seed), int(counts.sum())
+    sizes = [min(250, intervals - done) for done in range(0, intervals, 250)]  # in pieces: m may be all rows
+    found = [statistic(rng.multinomial(total, counts / total, size=size).astype(float)) for size in sizes]
+    return float(np.percentile(np.concatenate(found), percent)) if found else float("nan")
+
+
+def _by_label(a: Scores, b: Scores, metric: str) -> tuple[Statistic, np.ndarray, np.ndarray, np.ndarray]:
+    "Difference by counts of (true, said by a, true, said by b); how often each is there; one more that speaks against a; one more for it."
+    kind, _, label = metric.partition(".")
+    (true_a, guess_a, k_a), (true_b, guess_b, k_b) = _indices(a), _indices(b)
+    seen, counts = np.unique(np.stack([true_a, guess_a, true_b, guess_b], axis=1), axis=0, return_counts=True)
+    right_a, right_b = (s.labels.index(_label_at_stake(a, metric)) for s in (a, b))
+    wrong_a, wrong_b = (_column(a, metric, label), _column(b, metric, label)) if kind == "precision" else (k_a, k_b)  # claimed falsely, or held back
+    cells = np.vstack([seen, [right_a, wrong_a, right_b, right_b], [right_a, right_a, right_b, wrong_b]])
+
+    def one(weights: np.ndarray, side: int, k: int, scores: Scores) -> np.ndarray:
+        true, guessed = cells[:, 2 * side], cells[:, 2 * side + 1]
+        if kind == "coverage":
+            return weights @ (guessed < k) / weights.sum(axis=1)
+        rates = _rates(true, guessed, k, weights)[kind]
+        return rates[:, _column(scores, metric, label)] if label else rates
+
+    m = len(cells)
+    return lambda w: one(w, 0, k_a, a) - one(w, 1, k_b, b), np.append(counts, [0, 0]), np.eye(m)[m - 2], np.eye(m)[m - 1]
+
+
+def _label_at_stake(scores: Scores, metric: str) -> str:
+    "True label of the row that a cautious interval adds: the metric's own; for a precision another one; else the rarest, which moves a mean over labels most."
+    kind, _, part = metric.partition(".")
+    rarest = [c for c, _ in sorted(Counter(map(str, scores.y)).items(), key=lambda item: (item[1], item[0]))]
+    if kind == "precision":
+        return next((c for c in reversed(rarest) if metric_name(c) != part), rarest[-1])
+    return next((c for c in rarest if metric_name(c) == part), rarest[0])
+
+
+def _by_row(a: Scores, b: Scores, metric: str) -> tuple[Statistic, np.ndarray, np.ndarray, np.ndarray]:
+    "Difference by how often each row is drawn; once each; one more of the row that speaks most against a; one more of the one that speaks most for it."
+    one_a, of_a = _weighted(a, metric)
+    one_b, of_b = _weighted(b, metric)
+    apart, n = np.nan_to_num(of_a - of_b), len(a)
+    return lambda w: one_a(w) - one_b(w), np.ones(n), np.eye(1, n, int(apart.argmin()))[0], np.eye(1, n, int(apart.argmax()))[0]
+
+
+def _weighted(scores: Scores, metric: str) -> tuple[Statistic, np.ndarray]:
+    "A metric by how often each row is drawn, and what each row adds to it (NaN: nothing)."
+    kind, _, part = metric.partition(".")
+    true, _, _ = _indices(scores)
+    inside, values = scores.scored, np.full(len(scores), np.nan)
+    if kind == "ms":
+        if np.isnan(scores.ms).any() or not re.fullmatch(r"p\d+", part):
+            raise ValueError(f"compare: metric {metric!r}: expected ms.p50, ms.p95 or the like, and a time for each row")
+        order, share = np.argsort(scores.ms), float(part[1:]) / 100
+
+        def quantile(weights: np.ndarray) -> np.ndarray:
+            drawn = weights[:, order].cumsum(axis=1)
+            return scores.ms[order][(drawn >= share * drawn[:, -1:] - 1e-9).argmax(axis=1)]
+
+        return quantile, scores.ms
+    if not inside.any():
+        raise ValueError(f"compare: metric {metric!r}: no row was scored")
+    if kind == "ece":
+        P = scores.P[inside]
+        gap = np.zeros(len(scores))
+        gap[inside] = P.max(axis=1) - (P.argmax(axis=1) == true[inside])
+        bins = np.full(len(scores), -1)
+        bins[inside] = _bins(P)
+        masks = [gap * (bins == n) for n in np.unique(bins[inside])]
+        values[inside] = np.abs(gap[inside])
+        return lambda w: sum(np.abs(w @ m) for m in masks) / np.maximum(w @ inside, 1), values
+    values[inside] = _losses(true[inside], scores.P[inside])[kind]
+    filled = np.nan_to_num(values)
+    return lambda w: w @ filled / np.maximum(w @ inside, 1), values
 
 
 def _column(scores: Scores, metric: str, label: str) -> int:

@@ -31,7 +31,8 @@ BUILD_S = 600  # seconds for git or pip, at most
 
 # %% auto #0
 __all__ = ['BUILD_S', 'ENGINES', 'BUILDS', 'Package', 'canonical', 'check_source', 'build_wheels', 'requires',
-           'serving_requirements', 'installed_from', 'own_source', 'public_closure', 'platform', 'lock', 'use_wheels']
+           'serving_requirements', 'installed_from', 'own_source', 'public_closure', 'platform', 'lock', 'use_wheels',
+           'unpacked']
 
 # %% ../../nbs/lib/05_wheels.ipynb #96137ef0
 @dataclass(frozen=True)
@@ -388,11 +389,10 @@ def use_wheels(
     "Make private packages importable in this process."
     used = []
     for wheel in sorted(map(Path, wheels)):
-        folder = home() / "wheels" / digest_file(wheel).removeprefix("sha256:")[:16]
+        folder = _place(wheel)
         if wheel.name.startswith("textrelay-") or (str(folder) not in sys.path and _is_installed(wheel)):
             continue
-        if not folder.is_dir():
-            _unpack(wheel, folder)
+        unpacked(wheel)
         tops = {p.stem if p.suffix == ".py" else p.name for p in folder.iterdir() if p.suffix in ("", ".py", ".so") and not p.name.endswith((".dist-info", ".data"))}
         for top in tops & sys.modules.keys():
             place = getattr(sys.modules[top], "__file__", None) or next(iter(getattr(sys.modules[top], "__path__", [])), "")
@@ -402,6 +402,20 @@ def use_wheels(
             sys.path.insert(0, str(folder))
         used.append(folder)
     return used
+
+
+def unpacked(
+    wheel: str | Path,  # file
+) -> Path:              # folder with its content, below the state folder
+    "A wheel that need not be installed to be imported."
+    folder = _place(Path(wheel))
+    if not folder.is_dir():
+        _unpack(Path(wheel), folder)
+    return folder
+
+
+def _place(wheel: Path) -> Path:
+    return home() / "wheels" / digest_file(wheel).removeprefix("sha256:")[:16]
 
 
 def _unpack(wheel: Path, folder: Path) -> None:
