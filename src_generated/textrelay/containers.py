@@ -15,8 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Condition, Lock
 
-import urllib3
-
 from .core import read_yaml
 
 # %% auto #0
@@ -69,6 +67,8 @@ class Container:
 
     def start(self) -> None:
         "Start the process; it is not healthy yet."
+        import urllib3
+
         port = _own_port()
         ours = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "TEXTRELAY_", "MLFLOW_"))}
         env = {**ours, "TEXTRELAY_HOME": str(self.log.with_suffix(".home")), **self.environment}
@@ -83,12 +83,14 @@ class Container:
         timeout_s: float,  # real seconds
     ) -> bool:
         "Whether its health check passes in time."
+        from urllib3.exceptions import HTTPError
+
         deadline = time.monotonic() + timeout_s
         while self._process and self._process.poll() is None and not self._closed and time.monotonic() < deadline:
             try:
                 if self._http.request("GET", "/ping", timeout=2).status == 200:
                     return True
-            except urllib3.exceptions.HTTPError:
+            except HTTPError:
                 pass
             time.sleep(0.05)
         return False
@@ -100,12 +102,15 @@ class Container:
         timeout_s: float = 60,  # SageMaker's
     ) -> Answer:
         "POST /invocations. TimeoutError: no answer in time; ConnectionError: it died of the request; LookupError: it takes none any more."
+        from urllib3.exceptions import HTTPError
+        from urllib3.exceptions import TimeoutError as TooLate
+
         with self._busy():
             try:
                 answer = self._http.request("POST", "/invocations", body=body, headers=dict(headers), timeout=timeout_s)
-            except (urllib3.exceptions.TimeoutError, TimeoutError):
+            except (TooLate, TimeoutError):
                 raise TimeoutError from None
-            except urllib3.exceptions.HTTPError as e:
+            except HTTPError as e:
                 raise ConnectionError(str(e)) from None
             return answer.status, {k.lower(): v for k, v in answer.headers.items()}, answer.data
 

@@ -394,6 +394,8 @@ class Server:
         speed: float = 60.0,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="textrelay-rehearsal-")
+        self.app = Rehearsal(Path(self._folder.name), speed=speed, say=say)
         from moto.moto_server.werkzeug_app import MotoRequestHandler
         from werkzeug.serving import make_server
 
@@ -404,8 +406,6 @@ class Server:
             def connection_dropped(self, error: BaseException, environ: Any = None) -> None:
                 pass
 
-        self._folder = tempfile.TemporaryDirectory(prefix="textrelay-rehearsal-")
-        self.app = Rehearsal(Path(self._folder.name), speed=speed, say=say)
         try:
             self._server = make_server("127.0.0.1", port, self.app, threaded=True, request_handler=Quiet)
         except BaseException:
