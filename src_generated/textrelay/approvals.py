@@ -63,7 +63,7 @@ def approve(
     made = now or datetime.now(UTC)
     statement = json.dumps({
         "id": uuid.uuid4().hex[:12], "kind": kind, "subject": subject, "facts": dict(facts or {}), "by": by, "reason": reason.strip(),
-        "made": made.isoformat(timespec="seconds"), "expires": (made + timedelta(days=days)).isoformat(timespec="seconds"),
+        "made": made.isoformat(timespec="milliseconds"), "expires": (made + timedelta(days=days)).isoformat(timespec="seconds"),
     }, sort_keys=True)
     signed = subprocess.run(["ssh-keygen", "-Y", "sign", "-q", "-f", str(key), "-n", NAMESPACE], input=statement, capture_output=True, text=True)
     if signed.returncode:
@@ -144,7 +144,8 @@ def require(
     good = [a for a in about if not a.problem and all(a.facts.get(k) == v for k, v in (facts or {}).items())]
     if not good:
         listed = f" ({'; '.join(reasons)})" if reasons else ""
-        raise Refused(f"no approval to {kind} {subject}{listed}. Somebody listed in {allowed_signers} says yes with: textrelay approve {kind} {subject} --reason '…'")
+        command = f"textrelay approve {kind} {subject}{' --params FILE' if kind == 'build' else ''} --reason '…'"
+        raise Refused(f"no approval to {kind} {subject}{listed}. Somebody listed in {allowed_signers} says yes with: {command}")
     return good
 
 

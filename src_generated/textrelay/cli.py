@@ -16,8 +16,8 @@ from typing import Any
 import click
 
 # %% auto #0
-__all__ = ['main', 'run', 'serve', 'verify', 'approve', 'show_log', 'trace', 'deploy', 'shift', 'rollback', 'endpoints',
-           'captured', 'score', 'smoke', 'evidence', 'rehearse', 'publish', 'consume', 'ui']
+__all__ = ['main', 'run', 'serve', 'verify', 'trace', 'deploy', 'shift', 'endpoints', 'captured', 'score', 'approve', 'promote',
+           'rollback', 'status', 'show_log', 'smoke', 'evidence', 'rehearse', 'publish', 'consume', 'ui']
 
 # %% ../../nbs/lib/61_cli.ipynb #51850424
 class _Verb(click.Command):
@@ -149,65 +149,6 @@ def verify(bundle: str, key: str | None, wheelhouse: str | None, as_json: bool) 
 
 
 @main.command()
-@click.argument("kind", type=click.Choice(["build", "promote", "revoke"]))
-@click.argument("subject", metavar="COMMIT|RELEASE|ID")
-@click.option("--reason", required=True, help="Why; others will read it.")
-@click.option("--params", type=click.Path(exists=True, dir_okay=False), help="Params file that a build is approved with (needed for build).")
-@click.option("--key", type=click.Path(), help="Your SSH key (default: ~/.ssh/id_ed25519).")
-@click.option("--by", help="Who you are in allowed_signers (default: git's user.email).")
-@click.option("--allowed-signers", default="ci/allowed_signers", show_default=True, type=click.Path(), help="File of those who may approve.")
-@click.option("--days", default=7.0, show_default=True, type=click.FloatRange(0, min_open=True), help="Until it expires.")
-@_json
-def approve(kind: str, subject: str, reason: str, params: str | None, key: str | None, by: str | None, allowed_signers: str, days: float, as_json: bool) -> None:
-    """Say yes, signed with your SSH key: to the build of a COMMIT, to the promotion of a RELEASE; or revoke an approval by its ID."""
-    from textrelay.approvals import approve as give
-
-    facts = _facts(kind, subject, params)
-    key, by = key or str(Path.home() / ".ssh" / "id_ed25519"), by or _git_email()
-    done = give(kind, subject, by=by, key=key, reason=reason, allowed_signers=allowed_signers, facts=facts, days=days)
-    _say({**vars(done), "made": done.made.isoformat(), "expires": done.expires.isoformat()}, as_json,
-         f"{done.id}  {kind} {subject} by {by}, until {done.expires:%Y-%m-%d %H:%M} UTC")
-
-
-def _facts(kind: str, subject: str, params: str | None) -> dict[str, Any]:
-    from textrelay.core import project_root
-    from textrelay.exchange import store
-    from textrelay.stages import build_facts, read_params
-
-    if kind == "build":
-        if not params:
-            raise click.UsageError("approve build: name the params file with --params; the approval is about its content and its data, too")
-        return build_facts(read_params(params), project_root(params))
-    if kind == "promote":
-        found = store().search_model_versions(f"tag.`textrelay.release` = '{subject}'")
-        if not found:
-            raise ValueError(f"promote {subject}: no registered version has this release; what its gates refused is not registered")
-        return {"name": found[0].name, "version": str(found[0].version)}
-    return {}
-
-
-def _git_email() -> str:
-    import subprocess
-
-    found = subprocess.run(["git", "config", "user.email"], capture_output=True, text=True).stdout.strip()
-    if not found:
-        raise click.UsageError("say who you are with --by; git has no user.email here")
-    return found
-
-
-@main.command("log")
-@click.option("--allowed-signers", default="ci/allowed_signers", show_default=True, type=click.Path(), help="File of those who may approve.")
-@_json
-def show_log(allowed_signers: str, as_json: bool) -> None:
-    """Who approved or revoked what, when, why, and whether it counts."""
-    from textrelay.approvals import approvals
-
-    found = approvals(allowed_signers)
-    lines = [f"{a.made:%Y-%m-%d %H:%M}  {a.id}  {a.kind:8}{a.subject[:19]:20} {a.by}: {a.reason}  [{a.problem or 'counts'}]" for a in found]
-    _say([{**vars(a), "made": a.made.isoformat(), "expires": a.expires.isoformat()} for a in found], as_json, "\n".join(lines) or "no approvals yet")
-
-
-@main.command()
 @click.argument("what", metavar="PREDICTION_ID|FILE|-")
 @_json
 def trace(what: str, as_json: bool) -> None:
@@ -248,6 +189,8 @@ def deploy(
     """Let BUNDLE (a folder, or 'models:/name@alias') serve as endpoint NAME, of this machine or where --params says.
 
     It must answer its golden rows before it gets the traffic; what serves now goes on until then, and no request is lost."""
+    if not (dry_run or role_policy):
+        _not_production(name, params)
     place, how = _place(params), {"share": share, "shadow": shadow, "options": {} if capture is None else {"capture": capture}}
     if not (dry_run or role_policy):
         return _endpoint(place.deploy(_folder(bundle), name, port=port, **how), as_json)
@@ -268,17 +211,22 @@ def deploy(
 @_json
 def shift(name: str, share: float, params: str | None, as_json: bool) -> None:
     """Give the candidate of endpoint NAME another SHARE of the traffic; 1: it becomes the current release, 0: it is withdrawn."""
+    _not_production(name, params)
     _endpoint(_place(params).shift(name, share), as_json)
 
 
-@main.command()
-@click.argument("name")
-@_json
-def rollback(name: str, as_json: bool) -> None:
-    """Return endpoint NAME to the release that it served before."""
+def _not_production(name: str, params: str | None) -> None:
+    from textrelay.core import Refused
     from textrelay.targets import LocalTarget
 
-    _endpoint(LocalTarget().rollback(name), as_json)
+    if params:
+        from textrelay.releases import find_environment
+
+        is_production = (find_environment(name) or ("", ""))[1] == "production"
+    else:
+        is_production = any(e.name == name and e.facts.get("environment") == "production" for e in LocalTarget().endpoints())
+    if is_production:
+        raise Refused(f"endpoint {name} is production: only what is approved gets there, with textrelay promote, or back with textrelay rollback")
 
 
 @main.command()
@@ -404,6 +352,156 @@ def _folder(model: str) -> Path:
     if model not in known:
         raise ValueError(f"--model {model}: no such folder, and no endpoint of that name in {home()}; endpoints: {sorted(known) or 'none'}")
     return LocalTarget().bundle(model)
+
+# %% ../../nbs/lib/61_cli.ipynb #61c0de02
+_signers = click.option("--allowed-signers", default="ci/allowed_signers", show_default=True, type=click.Path(), help="File of those who may approve.")
+
+
+@main.command()
+@click.argument("kind", type=click.Choice(["build", "promote", "revoke"]))
+@click.argument("subject", metavar="COMMIT|RELEASE|ID")
+@click.option("--reason", required=True, help="Why; others will read it.")
+@click.option("--params", type=click.Path(exists=True, dir_okay=False), help="Params file that a build is approved with (needed for build).")
+@click.option("--key", type=click.Path(), help="Your SSH key (default: ~/.ssh/id_ed25519).")
+@click.option("--by", help="Who you are in allowed_signers (default: git's user.email).")
+@_signers
+@click.option("--days", default=7.0, show_default=True, type=click.FloatRange(0, min_open=True), help="Until it expires.")
+@_json
+def approve(kind: str, subject: str, reason: str, params: str | None, key: str | None, by: str | None, allowed_signers: str, days: float, as_json: bool) -> None:
+    """Say yes, signed with your SSH key: to the build of a COMMIT, to the promotion of a RELEASE; or revoke an approval by its ID.
+
+    A build is its commit, its parameters and its data (not how it is deployed); a release is its digest, and its gates must have let it pass."""
+    from textrelay.approvals import approve as give
+
+    subject, facts = _facts(kind, subject, params)
+    key, by = key or str(Path.home() / ".ssh" / "id_ed25519"), by or _git_email()
+    done = give(kind, subject, by=by, key=key, reason=reason, allowed_signers=allowed_signers, facts=facts, days=days)
+    _say({**vars(done), "made": done.made.isoformat(), "expires": done.expires.isoformat()}, as_json,
+         f"{done.id}  {kind} {subject} by {by}, until {done.expires:%Y-%m-%d %H:%M} UTC")
+
+
+def _facts(kind: str, subject: str, params: str | None) -> tuple[str, dict[str, Any]]:
+    "What is meant, in full, and what an approval of it is about."
+    from textrelay.core import Refused, project_root
+    from textrelay.exchange import store
+    from textrelay.registry import find_release
+    from textrelay.stages import build_facts, read_params
+
+    if kind == "build":
+        if not params:
+            raise click.UsageError("approve build: name the params file with --params; the approval is about its content and its data, too")
+        commit = _git("rev-parse", "--verify", f"{subject}^{{commit}}")
+        if not commit:
+            raise ValueError(f"approve build {subject}: no such commit here")
+        return commit, build_facts(read_params(params), project_root(params))
+    if kind == "promote":
+        entry = find_release(subject)
+        verdict = store().get_run(entry.run_id).data.tags.get("textrelay.verdict")
+        if verdict != "PASS":
+            raise Refused(f"the verdict on {entry.release} is {verdict or 'missing'}, not PASS (run {entry.run_id})")
+        return entry.release, {"name": entry.name, "version": entry.version, "verdict": verdict, "run": entry.run_id}
+    return subject, {}
+
+
+def _git(*words: str) -> str:
+    import subprocess
+
+    return subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()
+
+
+def _git_email() -> str:
+    if not (found := _git("config", "user.email")):
+        raise click.UsageError("say who you are with --by; git has no user.email here")
+    return found
+
+
+@main.command()
+@click.argument("release")
+@click.argument("params", type=click.Path(exists=True, dir_okay=False))
+@click.option("--set", "settings", multiple=True, metavar="STAGE.NAME=VALUE", help="Replace one parameter, as YAML: --set deploy.port=8081.")
+@click.option("--dry-run", is_flag=True, help="Only say what it would change, and whether something is missing.")
+@_json
+def promote(release: str, params: str, settings: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
+    """Bring RELEASE into force as the deploy stage of PARAMS says: the same bundle, nothing is built anew.
+
+    RELEASE is a digest, how it begins, or what is in force elsewhere: reply-intent@staging.
+    Ends with 3 when an approval is missing, or somebody else is at it or was first."""
+    from textrelay.stages import run_chain
+
+    if dry_run:
+        return _would_promote(release, params, settings, as_json)
+    chain = run_chain(params, overrides=_overrides(settings), release=release)
+    _say({"run_id": chain.run_id, "results": chain.results}, as_json, _report(chain.run_id, chain.results))
+
+
+def _would_promote(release: str, params: str, settings: tuple[str, ...], as_json: bool) -> None:
+    from textrelay.core import project_root
+    from textrelay.registry import champion, find_release
+    from textrelay.releases import bundle_of, permit
+    from textrelay.stages import effective, notebook_of, read_params
+
+    root, entry = project_root(params), find_release(release)
+    asked = {**read_params(params).get("deploy", {}), **_overrides(settings).get("deploy", {}), "wrap": {}}
+    values = effective(notebook_of("deploy", root), asked, params)
+    files = {k: root / values[k] if values[k] else None for k in ("allowed_signers", "public_key")}
+    yes = permit(entry, values["alias"], bundle_of(entry), same_person=values["same_person"], **files)
+    now = champion(entry.name, values["alias"])
+    plan = {"name": entry.name, "environment": values["alias"], "endpoint": values["endpoint"], "from": now and now.release, "to": entry.release}
+    _say({**plan, "approvals": [a.id for a in yes]}, as_json, f"would bring {entry.release} into force in {entry.name}@{values['alias']}, endpoint {values['endpoint']}\n"
+         f"now: {plan['from'] or 'nothing'}\napprovals: {', '.join(f'{a.kind} {a.id} by {a.by}' for a in yes) or 'none asked for'}")
+
+
+@main.command()
+@click.argument("name")
+@click.option("--dry-run", is_flag=True, help="Only say what it would return to.")
+@_signers
+@_where
+@_json
+def rollback(name: str, dry_run: bool, allowed_signers: str, params: str | None, as_json: bool) -> None:
+    """Return to the release before: NAME is an endpoint, or model@environment.
+
+    A new entry in the environment's journal. Where the endpoint does not serve what is in force, that is put right instead.
+    An endpoint that no journal knows (textrelay deploy) returns to what it served before; --params says where it is."""
+    from importlib.util import find_spec
+
+    if find_spec("mlflow"):  # a machine that only serves has no journals
+        from textrelay import releases
+
+        if where := releases.find_environment(name):
+            change, endpoint = releases.rollback(*where, allowed_signers=allowed_signers, dry_run=dry_run)
+            told = f"{'would return' if dry_run else 'returned'} {'@'.join(where)} to {change.release} (version {change.version}, entry {change.number})"
+            return _say({**vars(change), "dry_run": dry_run, "url": getattr(endpoint, "url", None)}, as_json, told)
+    if dry_run:
+        before = _place(params).status(name)["previous"]
+        return _say(before, as_json, f"would return {name} to {before['release'] if before else 'nothing: it had no release before'}")
+    _endpoint(_place(params).rollback(name), as_json)
+
+
+@main.command()
+@click.argument("name", required=False)
+@_signers
+@_json
+def status(name: str | None, allowed_signers: str, as_json: bool) -> None:
+    """What is in force where, since when, how it got there, who let it, and what was before; NAME: a model, an endpoint, or model@environment.
+
+    Finishes or undoes what was cut off half way, and puts right aliases that lag, saying so. Ends with 1 when something is wrong."""
+    from textrelay import releases
+
+    found = releases.status(name, allowed_signers=allowed_signers)
+    _say(found, as_json, "\n".join(map(releases.as_text, found)) or "nothing was promoted yet")
+    if any(row["problems"] for row in found):
+        raise click.exceptions.Exit(1)
+
+
+@main.command("log")
+@_signers
+@_json
+def show_log(allowed_signers: str, as_json: bool) -> None:
+    """The whole story, oldest first: approvals, verdicts of gates, refusals, promotions, rollbacks, revocations."""
+    from textrelay.releases import story
+
+    found = story(allowed_signers if Path(allowed_signers).is_file() else None)
+    _say(found, as_json, "\n".join(f"{e['at'][:19].replace('T', ' ')}  {e['what']:18} {e['text']}" for e in found) or "nothing happened yet")
 
 # %% ../../nbs/lib/61_cli.ipynb #dd630d66
 @main.command()

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from .cache import FOUND, KEY, PARTS, Earlier, earlier, found, stage_key
-from .core import Refused, StageError, digest_file, digest_json, digest_tree, home, project_root, read_json, read_yaml, write_json
+from .core import Refused, StageError, digest_json, digest_tree, home, project_root, read_json, read_yaml, write_json
 from .exchange import PUBLICATIONS, environment, experiment, resolve, store, tracking_uri, unreachable
 from .provenance import commit, provenance
 from .secrets import url_secrets
@@ -307,17 +307,29 @@ def run_stage(
         if problem:
             raise StageError(f"stage {stage} failed: {problem}\n  its notebook is in the MLflow run {run_id} (see it with: textrelay ui)")
         result = read_json(folder / "result.json")
+    except Refused as e:  # by what the notebook called: a missing approval, somebody who was first
+        _close(client, run_id, "FINISHED")
+        _tell(client, run_id, "REFUSED", str(e))
+        raise Refused(f"stage {stage}: {e}\n  the report is in the MLflow run {run_id} (see it with: textrelay ui)") from None
     except BaseException as e:
         if not unreachable():  # else it is done when the chain is resumed
             _close(client, run_id, "FAILED", problem or str(e))
         raise
     _close(client, run_id, "FINISHED")
-    client.set_tag(run_id, "textrelay.verdict", result["verdict"])
+    _tell(client, run_id, result["verdict"], result.get("why", ""), result.get("release"))
     if data := result.get("dataset_digest"):
         client.set_tag(run_id, "textrelay.data_digest", data)
     if result["verdict"] != "PASS":
         raise Refused(f"stage {stage}: {result['verdict']}\n{result['why']}\n  the report is in the MLflow run {run_id} (see it with: textrelay ui)")
     return result
+
+
+def _tell(client: Any, run_id: str, verdict: str, why: str, release: str | None = None) -> None:
+    "Put on a stage's run what `textrelay log` shows of it."
+    told = {"textrelay.release": release, "textrelay.why": why[:5000], "textrelay.verdict": verdict}  # the verdict last: with it all is said
+    for key, value in told.items():
+        if value:
+            client.set_tag(run_id, key, value)
 
 
 def _json(value: Any) -> Any:
@@ -427,6 +439,8 @@ def _watched(work: Any, notebook: Path, executed: Path, stop: threading.Event) -
         try:
             future.result()
         except PapermillExecutionError as e:
+            if e.ename == Refused.__name__:
+                raise Refused(_plain(e.evalue).strip()) from None
             cause = "interrupted" if stopped else _plain(f"{e.ename}: {e.evalue}").strip()
             return f"cell {_code_cell(executed, e.cell_index)} of {notebook.name}: {cause}"
         except DeadKernelError:
@@ -505,6 +519,7 @@ def run_chain(
     from_run: str | None = None,       # take the results of earlier stages from this chain's run
     overrides: Mapping[str, Params] | None = None,  # stage -> parameters that replace those of the file
     force: bool = False,               # run stages even where nothing changed since an earlier run
+    release: str | None = None,        # deploy this registered release (see `registry.find_release`), with the results of the runs that made it
 ) -> Chain:                            # results by stage
     "Run the stages of a params file in order; raises StageError when one fails, Refused when one says no."
     path = Path(params)
@@ -515,9 +530,11 @@ def run_chain(
             raise ValueError(f"--set {name}.…: no such stage; expected one of {list(STAGES)}")
         wanted[name] = {**wanted.get(name, {}), **values}
     _without_credentials(wanted, path)
+    made = _made(release) if release else {}
+    stage = "deploy" if release else stage
     if stage and stage not in wanted:
         raise ValueError(f"{path}: no stage {stage!r}; it has {[s for s in STAGES if s in wanted]}")
-    results = passed_stages(from_run) if from_run else {}
+    results = passed_stages(from_run) if from_run else made
     todo = [stage] if stage else [s for s in STAGES if s in wanted and s not in results]
     if stage and (lacking := [s for s in STAGES[: STAGES.index(stage)] if s in wanted and s not in results and s in declared(notebook_of(stage, root))]):
         where = f"run {from_run} has none that passed" if from_run else "name the chain's run that has them with --from RUN"
@@ -525,6 +542,8 @@ def run_chain(
     results = {s: r for s, r in results.items() if s not in todo}
     with _signals_noted() as stop:
         run_id = _open_chain(path, wanted, from_run, root)
+        for name, result in made.items():
+            store().set_tag(run_id, f"textrelay.reused.{name}", result["run_id"])
         try:
             _run_stages(run_id, path, wanted, todo, results, root, stop, force)
         except Exception as e:
@@ -536,36 +555,42 @@ def run_chain(
     return Chain(run_id, results)
 
 
+def _made(release: str) -> dict[str, Params]:
+    "Results of the stages that made a registered release."
+    from mlflow.artifacts import load_dict
+
+    from textrelay.registry import find_release
+
+    entry = find_release(release)
+    inputs = store().get_run(entry.run_id).data.params
+    runs = {s: inputs[s] for s in ("train", "test") if s in inputs} | {"wrap": entry.run_id}
+    return {s: load_dict(f"runs:/{run}/result.json") for s, run in runs.items()}
+
+
 def build_facts(
     wanted: Mapping[str, Params],  # stage -> parameters
     root: str | Path,              # the project's top folder
-) -> dict[str, str]:               # params, data: digests
-    "What an approval to build is about, beside the commit."
-    dataset = str(wanted.get("train", {}).get("dataset", ""))
-    path = Path(root) / dataset
-    data = resolve(dataset).digest if not path.exists() else digest_tree(path) if path.is_dir() else digest_file(path)
-    return {"params": digest_json(_json(dict(wanted))), "data": data}
+) -> dict[str, str]:               # data, and each stage that makes something of it: digests
+    "What an approval to build is about, beside the commit: not how it is deployed, so that staging and production have one."
+    if not (dataset := wanted.get("train", {}).get("dataset")):
+        raise ValueError("an approval to build is about the data, too; name the 'dataset' of the train stage in the params file")
+    path = Path(root) / str(dataset)
+    placeholders: dict[str, Params] = {s: {} for s in STAGES}
+    facts = {"data": digest_tree(path) if path.exists() else resolve(str(dataset)).digest}
+    for stage in [s for s in STAGES[:-1] if s in wanted]:
+        values = effective(notebook_of(stage, Path(root)), _with_results(stage, dict(wanted), placeholders, Path(root)), stage)
+        facts[stage] = digest_json(_json({k: v for k, v in values.items() if k not in STAGES}))
+    return facts
 
 
-def _approved(stage: str, asked: Params, wanted: Mapping[str, Params], root: Path) -> None:
-    "Raise Refused unless people said yes: to the build before the train stage, to both before a deployment that asks for it; production always does."
-    signers, production = asked.get("allowed_signers"), stage == "deploy" and asked.get("alias") == "production"
-    if production and not signers:
-        raise Refused("deploy: production takes approved releases only; name the file of those who may approve as 'allowed_signers' of the deploy stage")
-    if not signers:
-        return
-    from textrelay.approvals import require, require_two
+def _may_build(wanted: Mapping[str, Params], root: Path) -> None:
+    "Raise Refused unless somebody approved this commit, these parameters and these data. (What a deployment needs: `releases.permit`.)"
+    from textrelay.approvals import require
 
-    if stage == "train":
-        head, dirty = commit(root)
-        if dirty:
-            raise Refused("train: there are files that are not committed, so that no approval can be about them; commit them first")
-        require("build", head, root / signers, facts=build_facts(wanted, root))
-    elif stage == "deploy":
-        promote = require("promote", asked["wrap"]["release"], root / signers)
-        build = require("build", asked["wrap"]["commit"], root / signers)
-        if not asked.get("same_person"):
-            require_two(promote, build)
+    head, dirty = commit(root)
+    if dirty:
+        raise Refused("train: there are files that are not committed, so that no approval can be about them; commit them first")
+    require("build", head, root / wanted["train"]["allowed_signers"], facts=build_facts(wanted, root))
 
 
 def _without_credentials(value: Any, where: Any) -> None:
@@ -599,7 +624,8 @@ def _run_stages(
             print(f"{step}{name} …", file=sys.stderr, flush=True)
             started = time.monotonic()
             asked = _with_results(name, wanted, results, root)
-            _approved(name, asked, wanted, root)
+            if name == "train" and asked.get("allowed_signers"):
+                _refusal_noted(run_id, name, root, lambda: _may_build(wanted, root))
             results[name] = run_stage(name, asked, parent=run_id, root=root, source=f"{path}: {name}", stop=stop, force=force, step=step)
             metrics = {k: v for k, v in client.get_run(results[name]["run_id"]).data.metrics.items() if "." not in k}
             for key, value in metrics.items():
@@ -617,6 +643,19 @@ def _run_stages(
             if failure:
                 client.set_tag(run_id, "textrelay.failure", failure[:5000])
             client.set_terminated(run_id, "FAILED" if failure else "FINISHED")
+
+
+def _refusal_noted(parent: str, stage: str, root: Path, ask: Callable[[], None]) -> None:
+    "Ask before a stage; a refusal is a run of that stage which did not begin."
+    try:
+        ask()
+    except Refused as e:
+        client, facts = store(), provenance(root=root)
+        run = client.create_run(client.get_run(parent).info.experiment_id, run_name=notebook_of(stage, root).stem,
+                                tags={**facts, "mlflow.parentRunId": parent, "textrelay.stage": stage, "mlflow.source.name": NOTEBOOKS})
+        _tell(client, run.info.run_id, "REFUSED", str(e))
+        client.set_terminated(run.info.run_id, "FINISHED")
+        raise
 
 
 def _open_chain(path: Path, wanted: dict[str, Params], from_run: str | None, root: Path) -> str:
