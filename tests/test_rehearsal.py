@@ -375,6 +375,13 @@ def test_calls_fail_on_demand_and_a_region_can_be_down(aws: Aws, serving: str) -
         assert error(sagemaker.list_models) == ("ThrottlingException", "Rate exceeded")
         sagemaker.list_models()
         assert error(lambda: aws.ask(serving))[0] == "AccessDeniedException"
+    asked = {"s3": lambda c: c.put_object(Bucket="models-eu-west-1", Key="a", Body=b"a"), "ecr": lambda c: c.describe_repositories(), "iam": lambda c: c.list_roles(),
+             "cloudwatch": lambda c: c.describe_alarms(), "service-quotas": lambda c: c.list_service_quotas(ServiceCode="sagemaker")}
+    for service, call in asked.items():  # each protocol has its own errors
+        client = boto3.client(service, region_name=IRELAND, config=once)
+        with aws.faults({"kind": "error", "code": "AccessDenied"}):
+            assert error(lambda call=call, client=client: call(client)) == ("AccessDenied", "Planted by the rehearsal's faults"), service
+        call(client)
     with aws.faults({"kind": "down", "region": IRELAND}):
         for service in ("sagemaker", "s3"):
             client = boto3.client(service, region_name=IRELAND, config=once)
@@ -384,7 +391,7 @@ def test_calls_fail_on_demand_and_a_region_can_be_down(aws: Aws, serving: str) -
     aws.calls()
     aws.client("s3").list_buckets()
     sagemaker.list_models()
-    assert [(c["service"], c["operation"], c["status"]) for c in aws.calls()] == [("s3", "GET /", 200), ("sagemaker", "ListModels", 200)]
+    assert [(c["service"], c["operation"], c["status"]) for c in aws.calls()] == [("s3", "ListBuckets", 200), ("sagemaker", "ListModels", 200)]
     request = urllib.request.Request(f"{aws.server.url}/-/faults", b'[{"kind": "earthquake"}]', method="PUT")
     with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(request)

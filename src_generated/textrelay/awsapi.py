@@ -12,9 +12,11 @@ from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from threading import Lock
 from typing import Any
+from urllib.parse import parse_qs
+from xml.sax.saxutils import escape
 
 # %% auto #0
-__all__ = ['FAULTS', 'ApiError', 'invalid', 'breaches', 'Api', 'scope', 'Fault', 'Faults']
+__all__ = ['FAULTS', 'ApiError', 'invalid', 'breaches', 'Api', 'scope', 's3_operation', 'wired_error', 'Fault', 'Faults']
 
 # %% ../../nbs/lib/52_awsapi.ipynb #caf209ba
 class ApiError(Exception):
@@ -142,9 +144,56 @@ def scope(
     found = re.search(r"Credential=[^/,]*/\d{8}/([^/,]+)/([^/,]+)/aws4_request", authorization)
     return (found[1], found[2]) if found else ("", "")
 
+# %% ../../nbs/lib/52_awsapi.ipynb #2b89e254
+def s3_operation(
+    model: Any,  # botocore's service model of S3
+    method: str,
+    path: str,   # /bucket/key
+    query: str,  # as it is in the address
+) -> str:        # such as 'PutObject'
+    "The operation of S3 that a request is: the most particular one that fits."
+    parts, asked = path.strip("/").split("/", 1), set(parse_qs(query, keep_blank_values=True))
+    shape = "/" + "/".join(["{Bucket}", "{Key+}"][: len([p for p in parts if p])])
+    fitting = []
+    for name in model.operation_names:
+        operation = model.operation_model(name)
+        uri, _, flags = operation.http["requestUri"].partition("?")
+        members = operation.input_shape.members if operation.input_shape else {}
+        needed = {m.serialization["name"] for k, m in members.items() if m.serialization.get("location") == "querystring" and k in operation.input_shape.required_members}
+        needed |= {flag.partition("=")[0] for flag in flags.split("&") if flag} - {"x-id"}
+        if operation.http["method"] == method and uri == shape and needed <= asked:
+            fitting.append((len(needed), name))
+    most = max((n for n, _ in fitting), default=0)
+    return min((name for n, name in fitting if n == most), key=len, default=f"{method} {path}")
+
+
+def wired_error(
+    environ: Mapping[str, Any],  # of the request, WSGI's
+    service: str,                # as in its signature
+    error: ApiError,
+) -> tuple[dict[str, str], bytes]:  # headers, body
+    "An error in the protocol of the request."
+    plain = {"Code": escape(error.code), "Message": escape(error.message)}
+    if environ["PATH_INFO"].startswith("/service/"):
+        told = b"\xa2" + b"".join(_cbor_text(word) for word in ("__type", error.code, "message", error.message))
+        return {"content-type": "application/cbor", "smithy-protocol": "rpc-v2-cbor", "x-amzn-query-error": f"{error.code};Sender"}, told
+    if service == "s3":
+        return {"content-type": "application/xml"}, "<Error><Code>{Code}</Code><Message>{Message}</Message></Error>".format(**plain).encode()
+    if environ.get("CONTENT_TYPE", "").startswith("application/x-www-form-urlencoded") and "HTTP_X_AMZ_TARGET" not in environ:
+        inner = "<Error><Type>Sender</Type><Code>{Code}</Code><Message>{Message}</Message></Error>".format(**plain)
+        return {"content-type": "text/xml"}, f"<ErrorResponse>{inner}<RequestId>0</RequestId></ErrorResponse>".encode()
+    return {"content-type": "application/x-amz-json-1.1", "x-amzn-errortype": error.code}, json.dumps(
+        {"__type": error.code, "message": error.message, "Message": error.message, **error.more}).encode()
+
+
+def _cbor_text(text: str) -> bytes:
+    "RFC 8949, section 3.1, major type 3."
+    data = text.encode()
+    return (bytes([0x60 + len(data)]) if len(data) < 24 else b"\x79" + len(data).to_bytes(2, "big")) + data
+
 # %% ../../nbs/lib/52_awsapi.ipynb #ae3832e1
 FAULTS = {
-    "error": "an operation is refused with `code`, ThrottlingException if none is named; of SageMaker and its runtime alone",
+    "error": "an operation of any service is refused with `code`, ThrottlingException if none is named",
     "down": "nothing of a region (or of one `service` in it) answers: connections are cut",
     "slow_start": "containers take `seconds` longer until they are healthy",
     "unhealthy": "containers never pass their health check",
@@ -162,7 +211,7 @@ class Fault:
     kind: str             # one of FAULTS
     region: str = ""      # '': all of them
     service: str = ""     # as in a signature: 'sagemaker', 's3', 'ecr', 'monitoring', ...
-    operation: str = ""   # such as 'UpdateEndpoint'; for error
+    operation: str = ""   # such as 'UpdateEndpoint' or 'PutObject'; for error
     endpoint: str = ""
     model: str = ""       # of a variant
     code: str = "ThrottlingException"

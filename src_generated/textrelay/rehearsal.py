@@ -24,7 +24,7 @@ from urllib.parse import unquote
 
 from .account import ACCOUNT, ROLE, Account, now
 from .alarms import Alarms
-from .awsapi import Api, ApiError, Faults, scope
+from .awsapi import Api, ApiError, Faults, s3_operation, scope, wired_error
 from .catalog import Endpoint, Fleet, Variant
 from .containers import Answer
 from .plane import OPERATIONS, Plane
@@ -215,7 +215,7 @@ class Rehearsal:
         self.folder, self.speed, self.say = folder, speed, say
         self.account, self.faults = Account(), Faults()
         self.calls: deque[dict[str, Any]] = deque(maxlen=CALLS)
-        self._api, self._runtime_api = Api("sagemaker"), Api("sagemaker-runtime")
+        self._api, self._runtime_api, self._s3 = Api("sagemaker"), Api("sagemaker-runtime"), Api("s3").model
         self._planes: dict[str, tuple[Plane, Runtime]] = {}
         self._metrics: dict[str, Any] = {}
         self._ending = Event()
@@ -254,22 +254,22 @@ class Rehearsal:
         path, target = environ["PATH_INFO"], environ.get("HTTP_X_AMZ_TARGET", "")
         if path.startswith("/-/"):
             return self._control(environ, start_response)
-        operation = target.rpartition(".")[2] or _operation(environ, service)
+        invoked = re.fullmatch(r"/endpoints/([^/]+)/invocations", path) if service == "sagemaker" else None
+        operation = "InvokeEndpoint" if invoked else target.rpartition(".")[2] or self._operation(environ, service)
         call = {"region": region, "service": service, "operation": operation, "status": 0}
         self.calls.append(call)
         if self.faults.met("down", region=region, service=service):
             _cut(environ)
+        outcome = "done"
         try:
-            if service == "sagemaker" and (found := re.fullmatch(r"/endpoints/([^/]+)/invocations", path)):
-                call["operation"] = "InvokeEndpoint"
-                self._planted(region, service, "InvokeEndpoint", unquote(found[1]))
-                status, headers, body = self.region(region)[1].invoke(unquote(found[1]), _body(environ), _headers(environ))
+            self._planted(region, service, operation, unquote(invoked[1]) if invoked else self._endpoint(environ, service))
+            if invoked:
+                status, headers, body = self.region(region)[1].invoke(unquote(invoked[1]), _body(environ), _headers(environ))
             elif service == "servicequotas" and operation == "ListServiceQuotas":
                 status, headers, body = 200, {"content-type": "application/x-amz-json-1.1"}, self._quotas(region, json.loads(_body(environ)))
             elif service == "sagemaker" and self._is_ours(operation, environ):
-                given = json.loads(_body(environ) or b"{}")
-                self._planted(region, service, operation, given.get("EndpointName", ""))
-                status, headers, body = 200, {"content-type": "application/x-amz-json-1.1"}, self.region(region)[0].call(operation, given)
+                done = self.region(region)[0].call(operation, json.loads(_body(environ) or b"{}"))
+                status, headers, body = 200, {"content-type": "application/x-amz-json-1.1"}, done
             else:
                 def passed(line: str, *more: Any) -> Any:
                     call["status"] = int(line.split()[0])
@@ -278,15 +278,14 @@ class Rehearsal:
                 app: Any = self.account.app
                 return app(environ, passed)
         except ApiError as e:
-            status, headers = e.status, {"content-type": "application/x-amz-json-1.1", "x-amzn-errortype": e.code}
-            body = json.dumps({"__type": e.code, "message": e.message, "Message": e.message, **e.more}).encode()
+            status, (headers, body), outcome = e.status, wired_error(environ, service, e), str(e)
         except Exception as e:
             self.say(f"{region} {service} {operation}: the rehearsal's own mistake: {type(e).__name__}: {e}")
-            status, headers = 500, {"x-amzn-errortype": "InternalFailure"}
-            body = json.dumps({"__type": "InternalFailure", "message": f"{type(e).__name__}: {e}"}).encode()
+            outcome = f"{type(e).__name__}: {e}"
+            status, (headers, body) = 500, wired_error(environ, service, ApiError("InternalFailure", outcome))
         call["status"] = status
         if operation in OPERATIONS and not operation.startswith(("Describe", "List")):
-            self.say(f"{region} {operation}: {'done' if status == 200 else json.loads(body)['message']}")
+            self.say(f"{region} {operation}: {outcome}")
         return _answered(start_response, status, {**headers, "x-amzn-requestid": str(uuid.uuid4())}, body)
 
     def _is_ours(self, operation: str, environ: dict[str, Any]) -> bool:
@@ -311,7 +310,22 @@ class Rehearsal:
 
     def _planted(self, region: str, service: str, operation: str, endpoint: str) -> None:
         if fault := self.faults.met("error", region=region, service=service, operation=operation, endpoint=endpoint):
-            raise ApiError(fault.code, "Rate exceeded" if fault.code == "ThrottlingException" else "Planted by the rehearsal's faults")
+            said = "Rate exceeded" if fault.code == "ThrottlingException" else "Planted by the rehearsal's faults"
+            raise ApiError(fault.code, said, 503 if service == "s3" and fault.code in ("SlowDown", "ThrottlingException") else 400)
+
+    def _endpoint(self, environ: dict[str, Any], service: str) -> str:
+        given = json.loads(_peek(environ) or b"{}") if service == "sagemaker" and not environ["PATH_INFO"].strip("/") else {}
+        return str(given.get("EndpointName", ""))
+
+    def _operation(self, environ: dict[str, Any], service: str) -> str:
+        path = environ["PATH_INFO"]
+        if found := re.fullmatch(r"/service/[^/]+/operation/([A-Za-z0-9]+)", path):  # Smithy's RPC
+            return found[1]
+        if service == "s3":
+            return s3_operation(self._s3, environ["REQUEST_METHOD"], path, environ.get("QUERY_STRING", ""))
+        if environ.get("CONTENT_TYPE", "").startswith("application/x-www-form-urlencoded") and (found := re.search(r"(?:^|&)Action=(\w+)", _peek(environ).decode())):
+            return found[1]
+        return f"{environ['REQUEST_METHOD']} {path}"
 
     def _control(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         "GET and PUT /-/faults, GET and DELETE /-/calls."
@@ -340,15 +354,6 @@ class Rehearsal:
         planes = list(self._planes.values())
         with ThreadPoolExecutor(max(len(planes), 1)) as pool:
             list(pool.map(lambda pair: (pair[0].close(), pair[1].close()), planes))
-
-
-def _operation(environ: dict[str, Any], service: str) -> str:
-    path = environ["PATH_INFO"]
-    if found := re.fullmatch(r"/service/[^/]+/operation/([A-Za-z0-9]+)", path):  # Smithy's RPC
-        return found[1]
-    if environ.get("CONTENT_TYPE", "").startswith("application/x-www-form-urlencoded") and (found := re.search(r"(?:^|&)Action=(\w+)", _peek(environ).decode())):
-        return found[1]
-    return f"{environ['REQUEST_METHOD']} {path}"
 
 
 def _body(environ: dict[str, Any]) -> bytes:
