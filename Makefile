@@ -39,7 +39,7 @@ unit: .venv/installed  ## the library's own tests, in its notebooks
 chain: .venv/installed  ## the whole chain on a subset, up to a staging endpoint, as CI runs it; its release page is build/release.html
 	textrelay run params/ci.yaml
 	textrelay smoke params/ci.yaml
-	textrelay evidence models:/reply-intent@staging build/release.html
+	textrelay evidence reply-intent@staging build/release.html
 
 soak: .venv/installed  ## what is too long for make test: training on all of the real data
 	pytest tests -m soak -s

@@ -108,7 +108,7 @@ def test_a_raw_message_by_curl_as_it_is_printed(chain, workplace, url):
 def test_smoke_asks_the_golden_rows_of_what_the_registry_names(workplace, chain):
     asked = json.loads(workplace.textrelay("smoke", "params/ci.yaml", "--json").stdout)
     assert asked["release"] == chain["results"]["wrap"]["release"] and asked["golden"] >= 12
-    assert "no endpoint" in workplace.textrelay("smoke", "params/production.yaml", code=1).stderr
+    assert "nothing is in force" in workplace.textrelay("smoke", "params/production.yaml", code=1).stderr
 
 
 def test_a_human_reply_is_scored(url):

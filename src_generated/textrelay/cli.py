@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import sys
 from collections import Counter
@@ -508,25 +509,28 @@ def show_log(allowed_signers: str, as_json: bool) -> None:
 @click.argument("params", type=click.Path(exists=True, dir_okay=False))
 @_json
 def smoke(params: str, as_json: bool) -> None:
-    """Ask the endpoint that PARAMS deploys for its bundle's golden rows, over HTTP.
+    """Ask the endpoint that PARAMS deploys for its bundle's golden rows, in each of its regions.
 
     Exits with 1 and names the row that is answered otherwise, or the release that should serve."""
     from textrelay.registry import champion
+    from textrelay.releases import bundle_of
     from textrelay.stages import read_params
-    from textrelay.targets import LocalTarget, request
-    from textrelay.worker import check_golden, read_bundle
+    from textrelay.worker import check_golden
 
     wanted = read_params(params)
-    name, alias, model = (wanted.get(s, {}).get(k) for s, k in (("deploy", "endpoint"), ("deploy", "alias"), ("wrap", "name")))
-    if not (name and alias and model):
-        raise ValueError(f"{params}: expected wrap.name, deploy.endpoint and deploy.alias, found {model!r}, {name!r} and {alias!r}")
-    found, bundle = LocalTarget().status(name), read_bundle(LocalTarget().bundle(name))
-    entry = champion(model, alias)
-    if not entry or entry.release != found["release"]:
-        raise RuntimeError(f"{name} serves {found['release']}, the registry has {entry.release if entry else 'nothing'} for {alias}; see: textrelay status")
-    check_golden(lambda rows: request(found["url"], rows, fresh=True), bundle.golden)
-    text = f"{name}  {found['release'][:19]}  {len(bundle.golden)} golden rows, all answered as expected"
-    _say({"endpoint": name, "release": found["release"], "golden": len(bundle.golden)}, as_json, text)
+    name, environment, model = (wanted.get(s, {}).get(k) for s, k in (("deploy", "endpoint"), ("deploy", "alias"), ("wrap", "name")))
+    if not (name and environment and model):
+        raise ValueError(f"{params}: expected wrap.name, deploy.endpoint and deploy.alias, found {model!r}, {name!r} and {environment!r}")
+    if not (entry := champion(model, environment)):
+        raise RuntimeError(f"{model}@{environment}: nothing is in force there; textrelay status shows what is where")
+    place = _place(params)
+    if (serving := place.status(name)["release"]) != entry.release:
+        raise RuntimeError(f"endpoint {name} serves {serving}, in force in {model}@{environment} is {entry.release}; textrelay status puts it right or says why not")
+    golden, regions = bundle_of(entry).golden, wanted["deploy"].get("target") and place.settings.regions or [None]
+    for region in regions:
+        check_golden(functools.partial(place.ask, name, **({"region": region} if region else {})), golden)
+    told = f"{name}  {serving[:19]}  {len(golden)} golden rows, all answered as expected" + (f" in {', '.join(regions)}" if regions[0] else "")
+    _say({"endpoint": name, "release": serving, "golden": len(golden), "regions": regions if regions[0] else []}, as_json, told)
 
 
 @main.command()
@@ -534,7 +538,7 @@ def smoke(params: str, as_json: bool) -> None:
 @click.argument("out", type=click.Path(dir_okay=False))
 @click.option("--allowed-signers", type=click.Path(exists=True, dir_okay=False), help="File of those who may approve (default: the one that its deployment named).")
 def evidence(release: str, out: str, allowed_signers: str | None) -> None:
-    """Write the release page of RELEASE (a digest, how it begins, or models:/NAME@ALIAS) to OUT, and keep it in MLflow beside the bundle.
+    """Write the release page of RELEASE (a digest, how it begins, or NAME@ENVIRONMENT) to OUT, and keep it in MLflow beside the bundle.
 
     One HTML file: verdict, metrics against the champion, what changed, lineage, approvals, digests, how to verify, the executed notebooks."""
     from textrelay.evidence import write_page

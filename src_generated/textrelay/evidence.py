@@ -19,10 +19,10 @@ from typing import Any
 from .approvals import Approval, approvals
 from .cache import FOUND
 from .core import atomic_write, project_root, read_json
-from .exchange import consume, load_dataset, store, tracking_uri, unreachable
+from .exchange import consume, load_dataset, store, unreachable
 from .flavor import model_folder
 from .metrics import PAIRED, Scores, compare, evaluate, mcnemar, metric_name, read_scores
-from .registry import entries
+from .registry import Change, entries, environments, find_release, history, in_force
 
 # %% auto #0
 __all__ = ['PAGE', 'STYLE', 'TEMPLATE', 'Step', 'read_step', 'Release', 'library_cells', 'stage_cells', 'differences',
@@ -92,21 +92,16 @@ class Release:
     @classmethod
     def find(
         cls,
-        reference: str,  # a release ('sha256:…' or how it begins), or 'models:/name@alias'
+        reference: str,  # as for `registry.find_release`: a digest, how it begins, or name@environment
     ) -> Release:
         "The release that is meant. ValueError: there is none, or more than one."
-        digest = read_json(model_folder(reference) / "release.json")["release"] if reference.startswith("models:/") else f"sha256:{reference.removeprefix('sha256:')}"
-        client = store()
-        found = client.search_model_versions(f"tag.`textrelay.release` LIKE '{digest}%'", max_results=1000)
-        if len(releases := {v.tags["textrelay.release"] for v in found}) != 1:
-            what = f"begins {len(releases)} releases: {', '.join(sorted(releases))}" if releases else "no version has this release; what the gates refused is not registered"
-            raise ValueError(f"release {reference!r}: {what} ({tracking_uri()})")
-        versions = sorted(found, key=lambda v: int(v.version))
-        bundle = model_folder(f"models:/{versions[-1].name}/{versions[-1].version}")
+        entry, client = find_release(reference), store()
+        versions = sorted((e for e in entries(entry.name) if e.release == entry.release), key=lambda e: int(e.version))
+        bundle = model_folder(versions[-1].uri)
         wrap = read_step(read_json(bundle / "release.json").get("run_id"))
         params = client.get_run(wrap.run_id).data.params if wrap else {}
         steps = {"train": read_step(params.get("train")), "test": read_step(params.get("test")), "wrap": wrap}
-        return cls(releases.pop(), versions[-1].name, bundle, [str(v.version) for v in versions], {k: v for k, v in steps.items() if v}, _deployments(wrap))
+        return cls(entry.release, entry.name, bundle, [e.version for e in versions], {k: v for k, v in steps.items() if v}, _deployments(wrap))
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -333,7 +328,7 @@ TEMPLATE = """<!doctype html>
 <h2>In short</h2>
 <table class="facts">
 <tr><th>Verdict</th><td>{% for s in steps if s.stage in checks %}{{ s.stage }} <span class="tag {{ s.result.verdict }}">{{ s.result.verdict }}</span>{{ ", " if not loop.last }}{% else %}<span class="tag INCONCLUSIVE">unknown</span>: the runs were deleted{% endfor %}</td></tr>
-<tr><th>In force</th><td>{{ aliases|join(", ") or "nowhere now" }}</td></tr>
+<tr><th>In force</th><td>{{ environments|join(", ") or "nowhere now" }}</td></tr>
 <tr><th>Commit</th><td><span class="id">{{ origin.commit }}</span>{{ " (tag " ~ origin.tag ~ ")" if origin.tag }}{% if origin.dirty %} <span class="tag FAIL">with changes that were not committed</span>{% endif %}</td></tr>
 <tr><th>Data</th><td>{{ data.reference or "unknown" }}, <span class="id">{{ data.digest }}</span></td></tr>
 <tr><th>Replaces</th><td>{% if before %}version {{ before.versions|join(", ") }}, <span class="id">{{ before.digest }}</span>{% else %}nothing: the first release of this model{% endif %}</td></tr>
@@ -433,9 +428,14 @@ Right where the other is wrong: this release {{ paired.only_a|int }} rows, the c
 
 <section id="deployments">
 <h2>Deployments</h2>
-<table><thead><tr><th>when</th><th>environment</th><th>endpoint</th><th>by</th><th>p50, p95</th><th>run</th></tr></thead>
-{% for s in deployments %}<tr><td>{{ s.started|day }}</td><td>{{ s.result.alias or s.params.alias }}</td><td>{{ s.result.endpoint }}<br>{{ s.result.url }}</td><td>{{ s.by or "unknown" }}</td><td class="n">{% if "latency.p50" in s.metrics %}{{ "%.1f"|format(s.metrics["latency.p50"]) }}, {{ "%.1f"|format(s.metrics["latency.p95"]) }} ms{% endif %}</td><td>{{ runs(s) }}</td></tr>
+<p>The entries about this release in the journals of its environments; each environment runs what the last entry in force says.</p>
+<table><thead><tr><th>when</th><th>environment</th><th>what</th><th>by</th><th>let by</th><th>state</th></tr></thead>
+{% for c in moves %}<tr><td>{{ c.made[:16]|replace("T", " ") }} UTC</td><td>{{ c.environment }}, entry {{ c.number }}<br><span class="soft">{{ c.endpoint }}</span></td><td>{{ c.how }}</td><td>{{ c.by }}</td><td class="id">{{ c.approvals|join(", ") or "nobody was asked" }}</td><td>{{ c.state }}{{ ": " ~ c.why if c.why }}</td></tr>
 {% else %}<tr><td colspan="6">Not deployed yet.</td></tr>{% endfor %}</table>
+{% if deployments %}<p>As the deploy stage measured it, one message a request:</p>
+<table><thead><tr><th>when</th><th>environment</th><th>address</th><th class="n">p50</th><th class="n">p95</th></tr></thead>
+{% for s in deployments if "latency.p50" in s.metrics %}<tr><td>{{ s.started|day }}</td><td>{{ s.params.alias }}</td><td>{{ s.result.url }}</td><td class="n">{{ "%.1f ms"|format(s.metrics["latency.p50"]) }}</td><td class="n">{{ "%.1f ms"|format(s.metrics["latency.p95"]) }}</td></tr>
+{% endfor %}</table>{% endif %}
 </section>
 
 <section id="digests">
@@ -460,6 +460,7 @@ Right where the other is wrong: this release {{ paired.only_a|int }} rows, the c
 <p>From any checkout with access to the tracking store; nothing of it trusts the machine that built the release.</p>
 <pre>textrelay verify models:/{{ release.name }}/{{ release.versions[-1] }}{{ " --key release.pub" if facts.signature }} --install WHEELHOUSE   # every digest, {{ "the signature, " if facts.signature }}the golden rows in a clean environment
 textrelay log                                    # who approved, promoted and rolled back what
+textrelay status {{ release.name }}                    # what is in force where
 git show {{ origin.commit }}         # the code</pre>
 <p>The release is the SHA-256 of the canonical JSON of <code>manifest.json</code> (file → SHA-256); one byte changed in any file gives another release. This page lies in the tracking store as <code>runs:/{{ facts.run_id }}/{{ page_name }}</code>; <code>textrelay evidence {{ release.digest[7:19] }}</code> writes it anew.</p>
 </section>
@@ -492,7 +493,8 @@ def evidence(
     signers = project_root() / named if named and (project_root() / named).is_file() else None
     return {
         "release": release, "made": datetime.now(UTC), "origin": release.origin, "facts": {"signature": None, **read_json(release.bundle / "release.json")},
-        "files": read_json(release.bundle / "manifest.json"), "steps": [*release.steps.values()], "aliases": _aliases(release), "before": before,
+        "files": read_json(release.bundle / "manifest.json"), "steps": [*release.steps.values()], "environments": [e for name, e in environments(release.name) if (now := in_force(history(name, e))) and now.release == release.digest],
+        "moves": _moves(release), "before": before,
         "changes": changes_between(before, release) if before else None, "data": data, "old_data": old, "deployments": release.deployments,
         "checks": {s.stage: [_check(line) for line in s.result.get("why", "").splitlines()] for s in release.steps.values() if s.result.get("why")},
         "measured": measured(scores, rival) if scores else [], "rows": len(scores) if scores else 0, "paired": mcnemar(scores, rival) if scores and rival else None,
@@ -508,9 +510,9 @@ def _scores(step: Step | None, name: str) -> Scores | None:
     return read_scores(path) if path else None
 
 
-def _aliases(release: Release) -> list[str]:
-    aliases = store().get_registered_model(release.name).aliases
-    return sorted(a for a, version in aliases.items() if str(version) in release.versions)
+def _moves(release: Release) -> list[Change]:
+    "Its entries in the journals of all environments."
+    return sorted((c for name, e in environments(release.name) for c in history(name, e) if c.release == release.digest), key=lambda c: c.made)
 
 
 def _check(line: str) -> dict[str, str]:

@@ -631,6 +631,7 @@ def _run_stages(
             for key, value in metrics.items():
                 client.log_metric(run_id, f"{name}.{key}", value)  # so that chains can be compared without opening their stages
             print(f"{step}{name}: done in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+        _write_evidence(todo, results)
     except Refused:
         verdict = "REFUSED"
         raise
@@ -656,6 +657,14 @@ def _refusal_noted(parent: str, stage: str, root: Path, ask: Callable[[], None])
         _tell(client, run.info.run_id, "REFUSED", str(e))
         client.set_terminated(run.info.run_id, "FINISHED")
         raise
+
+
+def _write_evidence(done: list[str], results: Mapping[str, Params]) -> None:
+    "The release page, now that this chain has told all it can; who is asked for a yes to the promotion reads it."
+    if {"wrap", "deploy"} & set(done) and results.get("wrap", {}).get("version"):
+        from textrelay.evidence import write_page
+
+        print(f"release page: {write_page(results['wrap']['release'])}", file=sys.stderr, flush=True)
 
 
 def _open_chain(path: Path, wanted: dict[str, Params], from_run: str | None, root: Path) -> str:
