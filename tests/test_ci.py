@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -141,3 +145,103 @@ def test_a_build_and_production_ask_for_a_yes() -> None:
     staging, production = in_force("staging"), in_force("production")
     assert staging["train", "allowed_signers"] == production["deploy", "allowed_signers"] == "ci/allowed_signers"
     assert staging["deploy", "public_key"] == production["deploy", "public_key"] == "ci/release.pub" and not production["deploy", "same_person"]
+
+
+class Clone:
+    "A clean clone and a machine that knows nothing else."
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "source"
+        subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", str(ROOT), str(self.folder)], check=True)
+        foreign = ("MLFLOW", "TEXTRELAY", "VIRTUAL_ENV", "PYTHONPATH", "MAKE")
+        path = os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if not Path(p).is_relative_to(ROOT))
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith(foreign)} | {"PATH": path}
+
+    def run(self, *words: str, code: int = 0, **env: str) -> str:
+        started = time.monotonic()
+        done = subprocess.run(words, cwd=self.folder, env=self.env | env, capture_output=True, text=True, timeout=1800)
+        print(f"{time.monotonic() - started:6.0f} s  {words[-1]}")
+        assert done.returncode == code, f"{words} -> {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        return done.stdout if code == 0 else done.stderr
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clone]:
+    made = Clone(tmp_path_factory.mktemp("clean"))
+    yield made
+    made.run("make", "clean")
+
+
+@pytest.mark.soak
+def test_circleci_commands_in_order_on_a_clean_clone(clone: Clone) -> None:
+    started = time.monotonic()
+    for command in circleci_commands():
+        clone.run("bash", "-euo", "pipefail", "-c", command)  # as CircleCI runs it
+    assert time.monotonic() - started < 20 * 60
+    assert "Executed notebooks" in (clone.folder / "build/release.html").read_text()
+    endpoint, = json.loads(clone.run(".venv/bin/textrelay", "endpoints", "--json"))
+    assert (endpoint["name"], endpoint["status"]) == ("reply-intent-staging", "running")
+    clone.run("make", "clean")
+
+
+class Delivery:
+    "The pipeline's tasks, and the people who sign between its jobs."
+
+    def __init__(self, clone: Clone, folder: Path) -> None:
+        self.clone, self.folder = clone, folder
+        self.jobs, task = concourse_jobs(), read_yaml(ROOT / CONCOURSE / "task.yml")
+        self.words = [task["run"]["path"], *task["run"]["args"]]
+        for who in ("ann", "bob"):
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / who)], check=True)
+        subprocess.run(["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", str(folder / "key.pem")], check=True)
+        subprocess.run(["openssl", "ec", "-in", str(folder / "key.pem"), "-pubout", "-out", str(clone.folder / "ci/release.pub")], check=True, capture_output=True)
+        signers = [f'{who}@acme.example namespaces="textrelay" {(folder / f"{who}.pub").read_text()}' for who in ("ann", "bob")]
+        (clone.folder / "ci/allowed_signers").write_text("".join(signers))
+        self.secrets = {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "TEXTRELAY_SIGNING_KEY": (folder / "key.pem").read_text()}
+        self.secrets["TEXTRELAY_HOME"] = str(folder / "state")
+        self.commit("Who may approve, and the key of releases")
+
+    def commit(self, why: str) -> None:
+        self.clone.run("git", "add", "-A")
+        self.clone.run("git", "-c", "user.name=tests", "-c", "user.email=tests@acme.example", "commit", "-qm", why)
+
+    def job(self, name: str, code: int = 0) -> list[str]:
+        "Run the tasks of a job; with a code, its first one must end so."
+        commands = self.jobs[name][:1] if code else self.jobs[name]
+        assert commands
+        return [self.clone.run(*(w.replace("((command))", c) for w in self.words), code=code, **self.secrets) for c in commands]
+
+    def textrelay(self, *words: str) -> Any:
+        return json.loads(self.clone.run(".venv/bin/textrelay", *words, "--json", **self.secrets))
+
+    def approve(self, who: str, kind: str, subject: str, *more: str) -> None:
+        self.textrelay("approve", kind, subject, "--by", f"{who}@acme.example", "--key", str(self.folder / who), "--reason", "read and tried", *more)
+
+    def served(self, name: str) -> str:
+        return next(e["release"] for e in self.textrelay("endpoints") if e["name"] == name)
+
+
+@pytest.mark.soak
+def test_concourse_tasks_in_order_with_the_people_between(clone: Clone, tmp_path: Path) -> None:
+    cd = Delivery(clone, tmp_path)
+    released = []
+    try:
+        for number in (1, 2):
+            assert "no approval to build" in cd.job("build", code=3)[0]
+            cd.approve("ann", "build", "HEAD", "--params", "params/staging.yaml")
+            cd.job("build")
+            released.append(cd.served("reply-intent-staging"))
+            assert "no approval to promote" in cd.job("promote", code=3)[0]
+            cd.approve("bob", "promote", released[-1])
+            cd.job("promote")
+            assert cd.served("reply-intent-production") == released[-1]
+            if number == 1:
+                quickstart = clone.folder / "params/quickstart.yaml"
+                quickstart.write_text(quickstart.read_text().replace("{floor: 0.3}", "{floor: 0.31}"))
+                cd.commit("A higher floor")
+        assert len(set(released)) == 2
+        cd.job("rollback")
+        assert cd.served("reply-intent-production") == released[0]
+    finally:
+        clone.run("make", "clean", **cd.secrets)
+        shutil.rmtree(tmp_path / "state", ignore_errors=True)
