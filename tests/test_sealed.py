@@ -151,7 +151,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, server: Server) -> Iterat
             shutil.copy(ROOT / name, folder / name)
     tiny_model(folder / "tiny")
     rows = [{"text": " ".join(words[(n + k) % len(words)] for k in range(n % 7 + 2)) + f" {n}", "label": label}
-            for label, words in ((k, v.split()) for k, v in WORDS.items()) for n in range(40)]
+            for label, words in ((k, v.split()) for k, v in WORDS.items()) for n in range(60)]
     write_table(folder / "replies.jsonl", rows)
     (folder / "params/sealed.yaml").write_text(PARAMS.replace("HOST", server.host))
     git(folder, "init", "-q")

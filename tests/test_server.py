@@ -106,7 +106,7 @@ class Project:
         (self.folder / "MLproject").touch()
         self.state = self.folder / ".textrelay"
         rows = [{"text": " ".join(words[(n + k) % len(words)] for k in range(n % 7 + 2)) + f" {n}", "label": label}
-                for label, words in ((k, v.split()) for k, v in WORDS.items()) for n in range(40)]
+                for label, words in ((k, v.split()) for k, v in WORDS.items()) for n in range(60)]
         write_table(self.folder / "replies.jsonl", rows)
 
     def params(self, name: str, **stages: dict[str, Any]) -> None:
