@@ -81,7 +81,7 @@ def runs_of(experiment: str) -> dict[str, Any]:
 
 def test_committed_without_outputs() -> None:
     notebooks = sorted(EXPLORE.glob("*.ipynb"))
-    assert [n.name for n in notebooks] == ["compare.ipynb", "quickstart.ipynb"]
+    assert [n.name for n in notebooks] == ["compare.ipynb", "quickstart.ipynb", "rehearsal.ipynb"]
     for path in notebooks:
         code = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
         assert code and not [c for c in code if c.outputs or c.execution_count], f"{path.name}: clear its outputs before you commit"

@@ -11,40 +11,50 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import nbformat
+import papermill
 import pytest
 
 from textrelay.aws import READS, actions, role_policy
 from textrelay.capture import read_capture
 from textrelay.classifier import TransformerClassifier, tiny_model
-from textrelay.core import read_json, read_table
+from textrelay.core import read_json, read_table, read_yaml
 from textrelay.filters import CurrentReply, Stamp
 from textrelay.hosting import Settings
 from textrelay.model import Model
 from textrelay.rehearsal import Server
 from textrelay.sagemaker import SageMakerTarget
 from textrelay.sealing import seal
+from textrelay.stages import run_chain
 from textrelay.variants import compare_variants
 
+ROOT = Path(__file__).parents[1]
 REGIONS = ("eu-central-1", "us-east-1")
 TEXTS = ["yes we meet next week", "no budget", "stop remove", "yes call", "we use this no thanks", "remove this stop"] * 8
 MANIFEST = {"schemaVersion": 2, "mediaType": "application/vnd.docker.distribution.manifest.v2+json", "config": {}, "layers": []}
-SPEED = 600.0
+LABELS = ["positive", "objection", "unsubscribe"] * 16
+SPEED = 240.0
 
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory) -> dict[str, Path]:
-    "Three releases: 'one', 'two' with the same answers, and 'wrong', which learned the labels in another order."
+    "Two releases with the same answers."
     folder = tmp_path_factory.mktemp("bundles")
-    labels = ["positive", "objection", "unsubscribe"] * 16
-    how: dict[str, Any] = {"epochs": 30, "precision": "float32", "learning_rate": 2e-3, "batch_size": 8, "threads": 1, "quiet": True}
-    for name, said in (("model", labels), ("other", [*labels[1:], labels[0]])):
-        clf = TransformerClassifier(tiny_model(folder / f"tiny-{name}"), **how).fit(TEXTS, said)
+    for version, name in enumerate(("one", "two"), 1):
+        sealed(folder, name, str(version), LABELS)
+    return {name: folder / name for name in ("one", "two")}
+
+
+def sealed(folder: Path, name: str, version: str, labels: list[str]) -> Path:
+    "A bundle of a tiny model."
+    if not (saved := folder / f"model-{'-'.join(labels[:2])}").exists():
+        how: dict[str, Any] = {"epochs": 30, "precision": "float32", "learning_rate": 2e-3, "batch_size": 8, "threads": 1, "quiet": True}
+        clf = TransformerClassifier(tiny_model(folder / f"tiny-{name}"), **how).fit(TEXTS, labels)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            Model(clf, before=[CurrentReply()], after=[Stamp()], name="reply-intent").save(folder / name)
-    for version, (name, model) in enumerate({"one": "model", "two": "model", "wrong": "other"}.items(), 1):
-        seal(folder / model, folder / name, golden=TEXTS[:6], facts={"name": "reply-intent", "version": str(version), "commit": "c" * 40}, provenance={"n": name})
-    return {name: folder / name for name in ("one", "two", "wrong")}
+            Model(clf, before=[CurrentReply()], after=[Stamp()], name="reply-intent").save(saved)
+    seal(saved, folder / name, golden=TEXTS[:6], facts={"name": "reply-intent", "version": version, "commit": "c" * 40}, provenance={"name": name})
+    return folder / name
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +78,7 @@ def settings(aws) -> Settings:
     aws.app.faults.put([])
     return Settings.of({
         "regions": list(REGIONS), "bucket": "acme-{region}", "role": aws.role, "image": "{account}.dkr.ecr.{region}.amazonaws.com/reply-intent:1",
-        "instance_type": "ml.c7i.large", "instance_count": 2, "wait_s": 900, "bake_s": 120, "period_s": 600, "capture": 1.0, "poll_s": 0.2, "patience_s": 5,
+        "instance_type": "ml.c7i.large", "instance_count": 2, "wait_s": 480, "bake_s": 120, "period_s": 1200, "capture": 1.0, "poll_s": 0.2, "patience_s": 5,
         "timeout_s": 3000, "latency_ms": 30_000})  # a machine that does other things as well is slow now and then
 
 
@@ -137,6 +147,7 @@ def test_two_regions(aws, settings, bundles):
     assert back.release == one and running(name) == [one, one] and back.drift == [] == target.status(name)["drift"]
 
 
+@pytest.mark.soak
 def test_bad_candidate(aws, settings, bundles):
     "It fails in the second region under the canary: its alarm rolls it back, the first region follows, and no more than the canary's share was touched."
     target, name = SageMakerTarget(settings), "reply-intent"
@@ -183,12 +194,12 @@ class Users:
 
 
 @pytest.mark.soak
-def test_shadow_and_candidate(aws, settings, bundles, state):
+def test_shadow_and_candidate(aws, settings, bundles, state, tmp_path):
     "A planted regression is seen by a shadow run; a candidate gets its share, then all, and is rolled back."
-    target, name = SageMakerTarget(settings), "variants"
+    target, name, wrong = SageMakerTarget(settings), "variants", sealed(tmp_path, "wrong", "3", [*LABELS[1:], LABELS[0]])
     target.deploy(bundles["one"], name)
-    watched = target.deploy(bundles["wrong"], name, shadow=True)
-    assert watched.shadow["facts"]["release"] == release(bundles["wrong"]) and watched.release == release(bundles["one"]) and not target.status(name)["drift"]
+    watched = target.deploy(wrong, name, shadow=True)
+    assert watched.shadow["facts"]["release"] == release(wrong) and watched.release == release(bundles["one"]) and not target.status(name)["drift"]
     for n, text in enumerate(TEXTS[:6] * 10):
         ask(REGIONS[n % 2], name, text)
     time.sleep(2)
@@ -213,7 +224,7 @@ def test_shadow_and_candidate(aws, settings, bundles, state):
 
 FAULTS: dict[str, dict[str, Any]] = {
     "the role cannot be asked for": {"kind": "down", "service": "iam", "region": ""},
-    "the bucket cannot be written to": {"kind": "down", "service": "s3", "region": "us-east-1", "skip": 2},
+    "the bucket cannot be read": {"kind": "down", "service": "s3", "region": "us-east-1", "skip": 1},
     "no right to make a model": {"kind": "error", "operation": "CreateModel", "code": "AccessDeniedException", "region": "us-east-1"},
     "no right to make a configuration": {"kind": "error", "operation": "CreateEndpointConfig", "code": "AccessDeniedException", "region": "us-east-1"},
     "no right to update the first": {"kind": "error", "operation": "UpdateEndpoint", "code": "AccessDeniedException", "region": "eu-central-1"},
@@ -230,19 +241,47 @@ FAULTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.soak
+def test_chain(aws, state):
+    "A params file with a target in two regions: the chain ends in endpoints that boto3 gets right answers from, and what they were asked is in S3."
+    target = read_yaml(ROOT / "params/rehearsal.yaml")["deploy"]["target"]["sagemaker"]
+    target = {**target, "bucket": "acme-{region}", "role": aws.role, "wait_s": 480, "period_s": 1200, "poll_s": 0.2, "latency_ms": 30_000}
+    deploy = {"endpoint": "chain", "target": {"sagemaker": target}, "requests": 5}
+    chain = run_chain(ROOT / "params/ci.yaml", overrides={"deploy": deploy})
+    digest = chain.results["deploy"]["release"]
+    for region in REGIONS:
+        answer = ask(region, "chain", "Please take me off your list.")
+        assert answer["model"]["release"] == digest and answer["predictions"][0]["status"] in ("scored", "abstained")
+    deadline = time.monotonic() + 20
+    while not all(boto3.client("s3", region_name=r).list_objects_v2(Bucket=f"acme-{r}", Prefix="capture/chain/").get("KeyCount") for r in REGIONS):
+        assert time.monotonic() < deadline, "nothing was captured"
+        time.sleep(0.5)
+
+
+@pytest.mark.soak
+def test_notebook(state, tmp_path, monkeypatch):
+    "nbs/explore/rehearsal.ipynb from top to bottom."
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")
+    papermill.execute_notebook(str(ROOT / "nbs/explore/rehearsal.ipynb"), str(tmp_path / "out.ipynb"), cwd=str(ROOT / "nbs/explore"), kernel_name="python3", progress_bar=False)
+    cells = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
+    text = "".join(o.text for c in cells if c.cell_type == "code" for o in c.outputs if o.output_type == "stream" and o.name == "stdout")
+    assert "all regions run what they ran before" in text and "{'eu-central-1': True, 'us-east-1': True}" in text
+    assert "deployed    True" in text and "rolled back True" in text and "drift       []" in text and "messages, such as" in text
+
+
+@pytest.mark.soak
 @pytest.mark.parametrize("what", FAULTS)
 def test_faults(aws, settings, bundles, monkeypatch, what):
     "Whatever goes wrong wherever: all regions run the new release, or all the old one, and the message says which and why."
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "3")
     monkeypatch.setenv("AWS_RETRY_MODE", "standard")
-    target, name = SageMakerTarget(replace(settings, patience_s=60)), "faults"
+    target, name = SageMakerTarget(replace(settings, patience_s=120)), "faults"
     target.deploy(bundles["one"], name)
     one, two, fault = release(bundles["one"]), release(bundles["two"]), FAULTS[what]
     model = {"model": model_of(target, bundles["two"], name, fault["region"])} if fault["kind"] in ("no_capacity", "unhealthy", "slow_start", "model_error") else {}
     aws.app.faults.put([{**fault, **model}])
     said = ""
     try:
-        SageMakerTarget(replace(settings, patience_s=60)).deploy(bundles["two"], name)
+        SageMakerTarget(replace(settings, patience_s=120)).deploy(bundles["two"], name)
     except (RuntimeError, ValueError) as e:
         said = str(e)
     met = aws.app.faults.told()[0]["met"]
