@@ -2,11 +2,13 @@
 
 import json
 import logging
+import re
 import threading
 import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import pytest
 from textrelay.aws import READS, actions, role_policy
 from textrelay.capture import read_capture
 from textrelay.classifier import TransformerClassifier, tiny_model
-from textrelay.core import read_json, read_table, read_yaml
+from textrelay.core import digest_json, read_json, read_table, read_yaml
 from textrelay.filters import CurrentReply, Stamp
 from textrelay.hosting import Settings
 from textrelay.model import Model
@@ -45,15 +47,15 @@ def bundles(tmp_path_factory) -> dict[str, Path]:
     return {name: folder / name for name in ("one", "two")}
 
 
-def sealed(folder: Path, name: str, version: str, labels: list[str]) -> Path:
-    "A bundle of a tiny model."
-    if not (saved := folder / f"model-{'-'.join(labels[:2])}").exists():
-        how: dict[str, Any] = {"epochs": 30, "precision": "float32", "learning_rate": 2e-3, "batch_size": 8, "threads": 1, "quiet": True}
-        clf = TransformerClassifier(tiny_model(folder / f"tiny-{name}"), **how).fit(TEXTS, labels)
+def sealed(folder: Path, name: str, version: str, labels: list[str], texts: list[str] = TEXTS, epochs: int = 30) -> Path:
+    "A bundle of a tiny model; equal labels make equal models."
+    if not (saved := folder / digest_json(labels)[7:15]).exists():
+        how: dict[str, Any] = {"epochs": epochs, "precision": "float32", "learning_rate": 2e-3, "batch_size": 8, "threads": 1, "quiet": True}
+        clf = TransformerClassifier(tiny_model(folder / f"tiny-{name}", " ".join(sorted(set(re.findall(r"\w+", " ".join(texts)))))), **how).fit(texts, labels)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             Model(clf, before=[CurrentReply()], after=[Stamp()], name="reply-intent").save(saved)
-    seal(saved, folder / name, golden=TEXTS[:6], facts={"name": "reply-intent", "version": version, "commit": "c" * 40}, provenance={"name": name})
+    seal(saved, folder / name, golden=texts[:6], facts={"name": "reply-intent", "version": version, "commit": "c" * 40}, provenance={"name": name})
     return folder / name
 
 
@@ -241,6 +243,29 @@ FAULTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.soak
+def test_shadow_over_enron(aws, settings, enron, state, tmp_path):
+    "Real sentences, recorded in S3: a shadow that learned a third of the labels wrongly is told from one that is the same model."
+    target, name, rows = SageMakerTarget(settings), "enron", read_table(enron)
+    learned, asked = [r["text"] for r in rows[:900]], [r["text"] for r in rows[900:1200]]
+    labels = [r["intent"] for r in rows[:900]]
+    other = dict(zip(sorted(set(labels)), sorted(set(labels), reverse=True), strict=True))
+    planted = [other[label] if n % 3 == 0 else label for n, label in enumerate(labels)]
+    target.deploy(sealed(tmp_path, "now", "1", labels, learned, 4), name)
+    found = {}
+    for version, (what, said) in enumerate({"same": labels, "planted": planted}.items(), 2):
+        target.deploy(sealed(tmp_path, what, str(version), said, learned, 4), name, shadow=True)
+        since = datetime.now(UTC).isoformat()
+        for n, text in enumerate(asked):
+            ask(REGIONS[n % 2], name, text)
+        time.sleep(3)
+        rows = [r for r in read_capture(target.captured(name)) if r["time"] >= since[:19]]
+        found[what] = compare_variants(rows, latency_ms=target.latency(name))
+        print(what, found[what])
+    assert found["same"].pairs >= 290 and found["same"].flips.value == 0
+    assert found["planted"].pairs >= 290 and found["planted"].flips.low > found["same"].flips.high and set(found["planted"].latency_ms) == {"current", "shadow"}
+
+
+@pytest.mark.soak
 def test_chain(aws, state):
     "A params file with a target in two regions: the chain ends in endpoints that boto3 gets right answers from, and what they were asked is in S3."
     target = read_yaml(ROOT / "params/rehearsal.yaml")["deploy"]["target"]["sagemaker"]
@@ -261,8 +286,9 @@ def test_chain(aws, state):
 def test_notebook(state, tmp_path, monkeypatch):
     "nbs/explore/rehearsal.ipynb from top to bottom."
     monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")
-    papermill.execute_notebook(str(ROOT / "nbs/explore/rehearsal.ipynb"), str(tmp_path / "out.ipynb"), cwd=str(ROOT / "nbs/explore"), kernel_name="python3", progress_bar=False)
-    cells = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
+    out, notebook = tmp_path / "out.ipynb", ROOT / "nbs/explore/rehearsal.ipynb"
+    papermill.execute_notebook(str(notebook), str(out), cwd=str(notebook.parent), kernel_name="python3", progress_bar=False)
+    cells = nbformat.read(out, as_version=4).cells
     text = "".join(o.text for c in cells if c.cell_type == "code" for o in c.outputs if o.output_type == "stream" and o.name == "stdout")
     assert "all regions run what they ran before" in text and "{'eu-central-1': True, 'us-east-1': True}" in text
     assert "deployed    True" in text and "rolled back True" in text and "drift       []" in text and "messages, such as" in text
@@ -276,12 +302,13 @@ def test_faults(aws, settings, bundles, monkeypatch, what):
     monkeypatch.setenv("AWS_RETRY_MODE", "standard")
     target, name = SageMakerTarget(replace(settings, patience_s=120)), "faults"
     target.deploy(bundles["one"], name)
-    one, two, fault = release(bundles["one"]), release(bundles["two"]), FAULTS[what]
-    model = {"model": model_of(target, bundles["two"], name, fault["region"])} if fault["kind"] in ("no_capacity", "unhealthy", "slow_start", "model_error") else {}
+    new = sealed(bundles["one"].parent, f"fault-{list(FAULTS).index(what)}", "9", LABELS)  # a release that no region has anything of
+    one, two, fault = release(bundles["one"]), release(new), FAULTS[what]
+    model = {"model": model_of(target, new, name, fault["region"])} if fault["kind"] in ("no_capacity", "unhealthy", "slow_start", "model_error") else {}
     aws.app.faults.put([{**fault, **model}])
     said = ""
     try:
-        SageMakerTarget(replace(settings, patience_s=120)).deploy(bundles["two"], name)
+        SageMakerTarget(replace(settings, patience_s=120)).deploy(new, name)
     except (RuntimeError, ValueError) as e:
         said = str(e)
     met = aws.app.faults.told()[0]["met"]
@@ -296,4 +323,4 @@ def test_faults(aws, settings, bundles, monkeypatch, what):
         assert (fault["region"] or "eu-central-1") in said
     elif said:
         assert "it serves in all regions, but that could not be written down" in said
-    assert target.deploy(bundles["two"], name).release == two and running(name) == [two, two] and not target.status(name)["drift"]
+    assert target.deploy(new, name).release == two and running(name) == [two, two] and not target.status(name)["drift"]

@@ -23,7 +23,7 @@ from .hosting import Settings, alarm_requests, config_request, deployment_reques
 from .worker import payload
 
 # %% auto #0
-__all__ = ['MOVING', 'State', 'Region']
+__all__ = ['MOVING', 'State', 'Stores', 'Region']
 
 # %% ../../nbs/lib/49_region.ipynb #3fc1a2b6
 MOVING = ("Creating", "Updating", "SystemUpdating", "RollingBack", "Deleting")
@@ -59,80 +59,15 @@ class State:
         "What a rollback returns to: the last known good one if something else runs, else the one before."
         return self.good if self.good and self.good != self.config else self.tags.get("previous")
 
-# %% ../../nbs/lib/49_region.ipynb #fc060a84
-class Region:
-    "Endpoints of one region."
+# %% ../../nbs/lib/49_region.ipynb #42135e39
+class Stores:
+    "What an endpoint of a region is made from: S3, ECR, IAM and quotas."
 
     def __init__(self, aws: Aws, region: str, settings: Settings) -> None:
         self.aws, self.region, self.settings = aws, region, settings
-        self.sdk: dict[str, Any] = {"session": aws.session(region), "region": region}
 
     def _client(self, service: str) -> Any:
         return self.aws.client(self.region, service)
-
-    def state(
-        self,
-        name: str,  # of the endpoint
-    ) -> State:
-        "What AWS says about an endpoint."
-        from botocore.exceptions import ClientError
-        from sagemaker.core.resources import Endpoint
-
-        with explained(self.region):
-            try:
-                found = Endpoint.get(name, **self.sdk)
-            except ClientError as e:
-                if is_missing(e):
-                    return State(self.region)
-                raise
-            own = read_tags(self._client("sagemaker").list_tags(ResourceArn=found.endpoint_arn)["Tags"])
-            config = _known(found.endpoint_config_name)
-            facts = self.facts(config) if config else {}
-        variants = {v.variant_name: {"weight": _known(v.current_weight), "instances": _known(v.current_instance_count)} for v in _known(found.production_variants) or []}
-        shadows = [v.variant_name for v in _known(found.shadow_production_variants) or []]
-        since = _known(found.last_modified_time)
-        return State(self.region, str(found.endpoint_status), config, facts, own, variants, shadows[0] if shadows else None, _known(found.failure_reason) or "",
-                     str(found.endpoint_arn), since.isoformat(timespec="seconds") if since else "")
-
-    def _status(self, name: str) -> str:
-        from botocore.exceptions import ClientError
-        from sagemaker.core.resources import Endpoint
-
-        with explained(self.region):
-            try:
-                return str(Endpoint.get(name, **self.sdk).endpoint_status)
-            except ClientError as e:
-                if is_missing(e):
-                    return "missing"
-                raise
-
-    def facts(
-        self,
-        thing: str,                    # name of a configuration or model
-        kind: str = "endpoint-config", # or 'model'
-    ) -> dict[str, str]:               # empty if there is no such thing
-        "What is known of the release that a configuration runs, or that a model is."
-        from botocore.exceptions import ClientError
-
-        arn = f"arn:{self.settings.role.split(':')[1]}:sagemaker:{self.region}:{self.settings.account}:{kind}/{thing.lower()}"
-        with explained(self.region):
-            try:
-                return read_tags(self._client("sagemaker").list_tags(ResourceArn=arn)["Tags"])
-            except ClientError as e:
-                if is_missing(e):
-                    return {}
-                raise
-
-    def models(
-        self,
-        config: str,
-    ) -> dict[str, str]:  # variant -> model
-        "Models that a configuration runs."
-        from sagemaker.core.resources import EndpointConfig
-
-        with explained(self.region):
-            found = EndpointConfig.get(config, **self.sdk)
-        return {v.variant_name: v.model_name for v in [*(_known(found.production_variants) or []), *(_known(found.shadow_production_variants) or [])]}
 
     def preflight(
         self,
@@ -248,6 +183,82 @@ class Region:
             with open(path, "rb") as f:
                 s3.put_object(Bucket=bucket, Key=key, Body=f, ChecksumSHA256=checksum, Metadata={"sha256": checksum}, ExpectedBucketOwner=self.settings.account, **kms)
         return f"s3://{bucket}/{key}"
+
+# %% ../../nbs/lib/49_region.ipynb #32091564
+class Region:
+    "Endpoints of one region."
+
+    def __init__(self, aws: Aws, region: str, settings: Settings) -> None:
+        self.aws, self.region, self.settings = aws, region, settings
+        self.stores = Stores(aws, region, settings)
+        self.sdk: dict[str, Any] = {"session": aws.session(region), "region": region}
+
+    def _client(self, service: str) -> Any:
+        return self.aws.client(self.region, service)
+
+    def state(
+        self,
+        name: str,  # of the endpoint
+    ) -> State:
+        "What AWS says about an endpoint."
+        from botocore.exceptions import ClientError
+        from sagemaker.core.resources import Endpoint
+
+        with explained(self.region):
+            try:
+                found = Endpoint.get(name, **self.sdk)
+            except ClientError as e:
+                if is_missing(e):
+                    return State(self.region)
+                raise
+            own = read_tags(self._client("sagemaker").list_tags(ResourceArn=found.endpoint_arn)["Tags"])
+            config = _known(found.endpoint_config_name)
+            facts = self.facts(config) if config else {}
+        variants = {v.variant_name: {"weight": _known(v.current_weight), "instances": _known(v.current_instance_count)} for v in _known(found.production_variants) or []}
+        shadows = [v.variant_name for v in _known(found.shadow_production_variants) or []]
+        since = _known(found.last_modified_time)
+        return State(self.region, str(found.endpoint_status), config, facts, own, variants, shadows[0] if shadows else None, _known(found.failure_reason) or "",
+                     str(found.endpoint_arn), since.isoformat(timespec="seconds") if since else "")
+
+    def _status(self, name: str) -> str:
+        from botocore.exceptions import ClientError
+        from sagemaker.core.resources import Endpoint
+
+        with explained(self.region):
+            try:
+                return str(Endpoint.get(name, **self.sdk).endpoint_status)
+            except ClientError as e:
+                if is_missing(e):
+                    return "missing"
+                raise
+
+    def facts(
+        self,
+        thing: str,                    # name of a configuration or model
+        kind: str = "endpoint-config", # or 'model'
+    ) -> dict[str, str]:               # empty if there is no such thing
+        "What is known of the release that a configuration runs, or that a model is."
+        from botocore.exceptions import ClientError
+
+        arn = f"arn:{self.settings.role.split(':')[1]}:sagemaker:{self.region}:{self.settings.account}:{kind}/{thing.lower()}"
+        with explained(self.region):
+            try:
+                return read_tags(self._client("sagemaker").list_tags(ResourceArn=arn)["Tags"])
+            except ClientError as e:
+                if is_missing(e):
+                    return {}
+                raise
+
+    def models(
+        self,
+        config: str,
+    ) -> dict[str, str]:  # variant -> model
+        "Models that a configuration runs."
+        from sagemaker.core.resources import EndpointConfig
+
+        with explained(self.region):
+            found = EndpointConfig.get(config, **self.sdk)
+        return {v.variant_name: v.model_name for v in [*(_known(found.production_variants) or []), *(_known(found.shadow_production_variants) or [])]}
 
     def model(
         self,

@@ -64,7 +64,7 @@ def _told(name: str, states: Sequence[State], previous: dict[str, Any] | None = 
         {s.region: {"status": s.status, "release": s.release, "config": s.config, "good": s.good, "variants": s.variants, "shadow": s.shadow, "reason": s.reason}
          for s in states}, list(drift))
 
-# %% ../../nbs/lib/51_sagemaker.ipynb #ce4ac5b9
+# %% ../../nbs/lib/51_sagemaker.ipynb #c1c00bab
 class SageMakerTarget:
     "Endpoints in SageMaker, in all regions of the settings at once."
 
@@ -289,7 +289,7 @@ class SageMakerTarget:
             try:
                 state = states[region.region] = region.state(name)
                 _fit(state, name, release, role)
-                images[region.region], unknown = region.preflight(release)
+                images[region.region], unknown = region.stores.preflight(release)
                 for line in unknown:
                     _say(line)
             except (RuntimeError, ValueError) as e:
@@ -302,8 +302,8 @@ class SageMakerTarget:
         self, region: Region, name: str, known: Mapping[str, Any], before: State, image: str, packed: tuple[Path, str], role: str, share: float, capture: float
     ) -> Wanted:
         _say(f"{region.region}: archive, model and configuration of {name}")
-        uri = region.upload(*packed, known["release"])
-        model = region.model(name, known, image or region.push(known["release"]), uri)
+        uri = region.stores.upload(*packed, known["release"])
+        model = region.model(name, known, image or region.stores.push(known["release"]), uri)
         previous = before.tags.get("previous", "")
         if role == "current":
             if before.status != "missing" and before.release != known["release"]:
