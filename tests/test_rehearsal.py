@@ -1,6 +1,6 @@
 """AWS as it is rehearsed, used as AWS is: by boto3, the SageMaker SDK's resources and MLflow's client, none of which knows.
 
-What one function does is tested under it, in nbs/lib/39_containers, 52_awsapi to 59_rehearsal.
+What one function does is tested under it, in nbs/lib: awsapi, account, alarms, containers, catalog, plane, invocations, rehearsal.
 """
 
 from __future__ import annotations

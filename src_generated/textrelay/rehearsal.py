@@ -7,194 +7,27 @@ from __future__ import annotations
 
 import atexit
 import json
-import random
 import re
 import tempfile
 import time
 import uuid
-from base64 import b64encode
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from pathlib import Path
-from threading import BoundedSemaphore, Event, Thread
+from threading import Event, Thread
 from typing import Any, NoReturn
 from urllib.parse import unquote
 
-from .account import ACCOUNT, ROLE, Account, now
+from .account import ACCOUNT, ROLE, Account
 from .alarms import Alarms
 from .awsapi import Api, ApiError, Faults, s3_operation, scope, wired_error
-from .catalog import Endpoint, Fleet, Variant
-from .containers import Answer
+from .invocations import Runtime
 from .plane import OPERATIONS, Plane
 
 # %% auto #0
-__all__ = ['CALLS', 'refused', 'Runtime', 'event', 'Rehearsal', 'Server']
-
-# %% ../../nbs/lib/59_rehearsal.ipynb #a2d7fe97
-def refused(
-    code: str,
-    message: str,
-    status: int = 400,
-    **more: Any,
-) -> ApiError:
-    "A refusal of the runtime."
-    return ApiError(code, message, status, **more)
-
-
-class Runtime:
-    "InvokeEndpoint: requests to the variants of one region's endpoints."
-
-    def __init__(
-        self,
-        plane: Plane,
-        api: Api,  # 'sagemaker-runtime'
-    ) -> None:
-        self.plane, self.api = plane, api
-        self._shadows, self._room = ThreadPoolExecutor(4), BoundedSemaphore(64)
-
-    def invoke(
-        self,
-        name: str,
-        body: bytes,
-        headers: Mapping[str, str],  # small names
-    ) -> Answer:                     # what the caller gets
-        "Answer a request as SageMaker's runtime does."
-        began = time.perf_counter()
-        given = {"EndpointName": name, "Body": body, **{field: headers[h] for h, field in _HEADERS.items() if h in headers}}
-        self.api.check("InvokeEndpoint", given)
-        if len(body) > 6_291_456:
-            raise refused("ValidationError", "The request body is larger than 6291456 bytes.", 413)
-        e, fleet, chosen, v, (status, told, content), model_us = self._asked(name, body, headers)
-        self.plane.metrics.count(name, chosen, status, model_us, (time.perf_counter() - began) * 1e6 - model_us)
-        for shadow, running in fleet.shadows.items():
-            self._copy(e, fleet, shadow, running, v, body, headers)
-        if status != 200:
-            raise self._model_error(name, status, content)
-        self._capture(e, fleet, chosen, headers, body, told, content)
-        kept = {k: v for k, v in told.items() if k in ("content-type", "x-amzn-sagemaker-custom-attributes")}
-        return 200, {**kept, "x-amzn-invoked-production-variant": chosen}, content
-
-    def _asked(self, name: str, body: bytes, headers: Mapping[str, str]) -> tuple[Endpoint, Fleet, str, Variant, Answer, float]:
-        while True:
-            e, fleet, chosen, v = self._routed(name, headers.get("x-amzn-sagemaker-target-variant"))
-            began = time.perf_counter()
-            try:
-                answer = self._ask(e, v, body, headers)
-            except LookupError:  # its fleet has just been replaced
-                if self.plane.ended:
-                    raise refused("ServiceUnavailable", "The rehearsal ends.", 503) from None
-                continue
-            return e, fleet, chosen, v, answer, (time.perf_counter() - began) * 1e6
-
-    def _routed(self, name: str, target: str | None) -> tuple[Endpoint, Fleet, str, Variant]:
-        with self.plane.lock:
-            e = self.plane.endpoints.get(name)
-            if not e or not e.blue or e.status == "Deleting":
-                raise refused("ValidationError", f"Endpoint {name} of account {ACCOUNT} not found.")
-            fleet = e.blue
-            if e.green:  # evenly, so that never more than the share goes there
-                e.debt += e.share
-                if e.debt >= 1 - 1e-9:
-                    e.debt, fleet = e.debt - 1, e.green
-            if target:
-                if target not in fleet.variants:
-                    raise refused("ValidationError", f"Variant {target} not found for endpoint {name}; it has {', '.join(fleet.variants)}.")
-                return e, fleet, target, fleet.variants[target]
-            weights = [v.weight for v in fleet.variants.values()]
-            if not sum(weights) > 0:
-                raise refused("ValidationError", f"No variant of endpoint {name} has a weight above 0.")
-            chosen = random.choices(list(fleet.variants), weights)[0]
-            return e, fleet, chosen, fleet.variants[chosen]
-
-    def _ask(self, e: Endpoint, v: Variant, body: bytes, headers: Mapping[str, str]) -> Answer:
-        facts = {"region": self.plane.region, "endpoint": e.name, "model": v.told["ModelName"]}
-        if (late := self.plane.faults.met("latency", **facts)) and random.random() < late.share:
-            time.sleep(late.seconds)
-        if (wrong := self.plane.faults.met("model_error", **facts)) and random.random() < wrong.share:
-            return 500, {}, b'{"error": "planted by the rehearsal\'s faults"}'
-        passed = {k: headers[k] for k in ("content-type", "accept", "x-amzn-sagemaker-custom-attributes", "x-amzn-sagemaker-inference-id") if k in headers}
-        try:
-            return v.container.ask(body, passed)
-        except TimeoutError:
-            return 0, {}, b"Your invocation timed out while waiting for a response from container primary."
-        except ConnectionError:
-            return 0, {}, b"The container closed the connection."
-
-    def _model_error(self, name: str, status: int, content: bytes) -> ApiError:
-        text, region = content.decode(errors="replace"), self.plane.region
-        group = f"/aws/sagemaker/Endpoints/{name}"
-        return refused(
-            "ModelError", f"Received {'client' if 400 <= status < 500 else 'server'} error ({status}) from primary with message \"{text}\". "
-            f"See https://{region}.console.aws.amazon.com/cloudwatch/home?region={region}#logEventViewer:group={group} in account {ACCOUNT} for more information.",
-            424, OriginalStatusCode=status, OriginalMessage=text, LogStreamArn=f"arn:aws:logs:{region}:{ACCOUNT}:log-group:{group}")
-
-    def _copy(self, e: Endpoint, fleet: Fleet, name: str, shadow: Variant, of: Variant, body: bytes, headers: Mapping[str, str]) -> None:
-        "Send the shadow its share of the requests; whatever comes of it, nobody waits for it."
-        if random.random() >= shadow.weight / max(of.weight, 1e-9) or not self._room.acquire(blocking=False):
-            return
-
-        def work() -> None:
-            began = time.perf_counter()
-            try:
-                status, told, content = self._ask(e, shadow, body, headers)
-                self.plane.metrics.count(e.name, name, status, (time.perf_counter() - began) * 1e6, 0)
-                if status == 200:
-                    self._capture(e, fleet, name, headers, body, told, content)
-            except LookupError:
-                pass
-            finally:
-                self._room.release()
-
-        self._shadows.submit(work)
-
-    def _capture(self, e: Endpoint, fleet: Fleet, variant: str, headers: Mapping[str, str], body: bytes, told: Mapping[str, str], content: bytes) -> None:
-        how = fleet.config.get("DataCaptureConfig")
-        if how and how.get("EnableCapture", True) and random.random() * 100 < how["InitialSamplingPercentage"]:
-            line = json.dumps(event(how, headers, body, told, content), ensure_ascii=False).encode() + b"\n"
-            with self.plane.lock:
-                e.captured.setdefault((variant, how["DestinationS3Uri"], how.get("KmsKeyId")), []).append(line)
-
-    def close(self) -> None:
-        "Let the shadows finish."
-        self._shadows.shutdown()
-
-
-_HEADERS = {
-    "content-type": "ContentType", "accept": "Accept", "x-amzn-sagemaker-custom-attributes": "CustomAttributes", "x-amzn-sagemaker-target-variant": "TargetVariant",
-    "x-amzn-sagemaker-target-model": "TargetModel", "x-amzn-sagemaker-target-container-hostname": "TargetContainerHostname",
-    "x-amzn-sagemaker-inference-id": "InferenceId", "x-amzn-sagemaker-inference-component": "InferenceComponentName"}
-
-
-def event(
-    how: Mapping[str, Any],      # DataCaptureConfig
-    headers: Mapping[str, str],  # of the request
-    body: bytes,
-    told: Mapping[str, str],     # headers of the answer
-    content: bytes,
-) -> dict[str, Any]:
-    "A captured request in SageMaker's form."
-    types = how.get("CaptureContentTypeHeader", {})
-
-    def part(mode: str, kind: str, data: bytes) -> dict[str, str]:
-        plain = kind.split(";")[0].strip()
-        encoding = "CSV" if plain in types.get("CsvContentTypes", ()) else "JSON" if plain in types.get("JsonContentTypes", ()) else "BASE64"
-        text = b64encode(data).decode() if encoding == "BASE64" else data.decode(errors="replace")
-        return {"observedContentType": kind, "mode": mode, "data": text, "encoding": encoding}
-
-    modes = {option["CaptureMode"] for option in how["CaptureOptions"]}
-    captured = {}
-    if modes & {"Input", "InputAndOutput"}:
-        captured["endpointInput"] = part("INPUT", headers.get("content-type", ""), body)
-    if modes & {"Output", "InputAndOutput"}:
-        captured["endpointOutput"] = part("OUTPUT", told.get("content-type", ""), content)
-    more: dict[str, Any] = {}
-    if identity := headers.get("x-amzn-sagemaker-inference-id"):
-        more["inferenceId"] = identity
-    if attributes := headers.get("x-amzn-sagemaker-custom-attributes"):
-        more["customAttributes"] = [attributes]
-    return {"captureData": captured, "eventMetadata": {"eventId": str(uuid.uuid4()), **more, "inferenceTime": f"{now():%Y-%m-%dT%H:%M:%SZ}"}, "eventVersion": "0"}
+__all__ = ['CALLS', 'Rehearsal', 'Server']
 
 # %% ../../nbs/lib/59_rehearsal.ipynb #ec05d533
 CALLS = 100_000  # that are remembered
