@@ -47,7 +47,7 @@ def stage_run(folder: Path, stage: str, number: str, params: dict[str, str], res
     from textrelay.exchange import experiment, store
 
     client = store()
-    told = {"stage": stage, "notebook": f"nbs/stages/{stage}.ipynb", "commit": COMMITS[number], "dirty": "false", **tags}
+    told = {"stage": stage, "notebook": f"nbs/stages/{stage}.ipynb", "commit": COMMITS[number], "dirty": "false", "verdict": "PASS", **tags}
     run_id = str(client.create_run(experiment(), tags={"mlflow.user": "robin", **{f"textrelay.{k}": v for k, v in told.items()}}).info.run_id)
     for name, value in params.items():
         client.log_param(run_id, name, value)
@@ -105,6 +105,7 @@ def releases(state: Path, tiny_bundle: Path) -> dict[str, str]:
         change = claim(entries("reply-intent")[0], "staging", seen=history("reply-intent", "staging"), endpoint="replies-staging")
         close(change, "in force")
         stage_run(folder, "deploy", number, {"wrap": wrap, "alias": "staging"}, {"endpoint": "replies-staging", "url": "http://127.0.0.1:1", "alias": "staging"}, [])
+        stage_run(folder, "deploy", number, {"wrap": wrap, "alias": "production"}, {}, [], verdict="REFUSED")  # leaves no result
     return found
 
 

@@ -122,7 +122,8 @@ def _deployments(wrap: Step | None) -> list[Step]:
         return []
     client = store()
     of = client.get_run(wrap.run_id).info.experiment_id
-    runs = client.search_runs([of], f"tags.`textrelay.stage` = 'deploy' and params.wrap = '{wrap.run_id}' and attributes.status = 'FINISHED'", order_by=["attributes.start_time ASC"])
+    passed = f"tags.`textrelay.stage` = 'deploy' and tags.`textrelay.verdict` = 'PASS' and params.wrap = '{wrap.run_id}'"  # what was refused has no result
+    runs = client.search_runs([of], passed, order_by=["attributes.start_time ASC"])
     return [step for r in runs if (step := read_step(r.info.run_id))]
 
 # %% ../../nbs/lib/58_evidence.ipynb #9ea9439d
@@ -449,7 +450,7 @@ Right where the other is wrong: this release {{ paired.only_a|int }} rows, the c
 </table>
 <h3>Private packages</h3>
 <table><thead><tr><th>wheel</th><th>source</th><th>commit</th></tr></thead>
-{% for p in origin.packages %}<tr><td class="id">{{ p.wheel }}</td><td class="id">{{ p.source or "not recorded" }}</td><td class="id">{{ p.commit or "not committed" }}</td></tr>
+{% for p in origin.packages %}<tr><td class="id">{{ p.wheel }}</td><td class="id">{{ p.source or "not recorded" }}</td><td class="id">{{ p.commit or "none" }}</td></tr>
 {% else %}<tr><td colspan="3">none</td></tr>{% endfor %}</table>
 <details><summary>All {{ files|length }} files of the bundle</summary><table>{% for name, digest in files|dictsort %}<tr><td class="id">{{ name }}</td><td class="id">{{ digest }}</td></tr>
 {% endfor %}</table></details>
@@ -535,7 +536,7 @@ def page(
 
     env = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     env.filters |= {"number": _number, "day": lambda t: f"{t:%Y-%m-%d %H:%M} UTC", "short": lambda d: (d or "unknown")[:19]}
-    charted = chart([m for m in facts["measured"] if m["name"].partition(".")[0] in PAIRED][:40])
+    charted = chart([m for m in facts["measured"] if m["name"].partition(".")[0] in ("f1_macro", "accuracy", "f1")][:40])
     return env.from_string(TEMPLATE).render(**facts, charted=charted, style=Markup(STYLE), page_name=PAGE)
 
 
