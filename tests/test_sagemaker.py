@@ -2,6 +2,7 @@
 
 import json
 import logging
+import random
 import re
 import threading
 import time
@@ -47,7 +48,7 @@ def bundles(tmp_path_factory) -> dict[str, Path]:
     return {name: folder / name for name in ("one", "two")}
 
 
-def sealed(folder: Path, name: str, version: str, labels: list[str], texts: list[str] = TEXTS, epochs: int = 30) -> Path:
+def sealed(folder: Path, name: str, version: str, labels: list[str], texts: list[str] = TEXTS, epochs: int = 12) -> Path:
     "A bundle of a tiny model; equal labels make equal models."
     if not (saved := folder / digest_json(labels)[7:15]).exists():
         how: dict[str, Any] = {"epochs": epochs, "precision": "float32", "learning_rate": 2e-3, "batch_size": 8, "threads": 1, "quiet": True}
@@ -246,6 +247,7 @@ FAULTS: dict[str, dict[str, Any]] = {
 def test_shadow_over_enron(aws, settings, enron, state, tmp_path):
     "Real sentences, recorded in S3: a shadow that learned a third of the labels wrongly is told from one that is the same model."
     target, name, rows = SageMakerTarget(settings), "enron", read_table(enron)
+    random.Random(0).shuffle(rows)  # they are sorted by their label
     learned, asked = [r["text"] for r in rows[:900]], [r["text"] for r in rows[900:1200]]
     labels = [r["intent"] for r in rows[:900]]
     other = dict(zip(sorted(set(labels)), sorted(set(labels), reverse=True), strict=True))
