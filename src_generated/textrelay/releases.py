@@ -147,7 +147,7 @@ def _carry_out(change: Change, seen: Sequence[Change], bundle: Bundle, where: An
 
 def _deploy(change: Change, bundle: Bundle, where: Any) -> Any:
     serving, running = _serving(where, change.endpoint), None
-    facts = {"version": change.version, "environment": change.environment}
+    facts = {"version": change.version, "environment": change.environment, **({"approvals": " ".join(change.approvals)} if change.approvals else {})}
     if change.how == "rollback" and _running(serving) and (serving.previous or {}).get("release") == change.release:
         running = where.rollback(change.endpoint)  # the target has it at hand still
     if _running(running) != change.release:
