@@ -274,6 +274,6 @@ class Server:
     @property
     def environment(self) -> dict[str, str]:
         "What a process needs to use it instead of AWS."
-        # Not a word: before a bundle is sealed, it is searched for the values of the environment's secrets.
-        return {"AWS_ENDPOINT_URL": self.url, "AWS_ACCESS_KEY_ID": "rehearsal", "AWS_SECRET_ACCESS_KEY": f"rehearsal-{uuid.uuid4().hex}",
-                "AWS_DEFAULT_REGION": "eu-west-1", "AWS_EC2_METADATA_DISABLED": "true"}
+        key = f"rehearsal-{uuid.uuid4().hex}"  # not a word: before a bundle is sealed, it is searched for the values of the environment's secrets
+        return {"AWS_ENDPOINT_URL": self.url, "AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": key, "AWS_DEFAULT_REGION": "eu-west-1",
+                "AWS_EC2_METADATA_DISABLED": "true"}
