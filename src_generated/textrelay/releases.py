@@ -192,16 +192,19 @@ def settle(
     decide: bool = False,            # take it for undone where the target says neither, since it will be changed now anyway
     patience_s: float = PATIENCE_S,  # see `registry.is_abandoned`
 ) -> str:                            # what was found and done; '' if nothing was open
-    "Finish or undo a change that was cut off. Refused: somebody works on it."
+    "Finish or undo a change that was cut off. Refused: somebody works on it, or (to decide) was first."
     changes = history(name, environment)
     if not changes or changes[-1].state != "open":
         return ""
     change, before = changes[-1], in_force(changes)
     what = f"{name}@{environment}: entry {change.number} ({change.how} of {change.release[:19]} by {change.by}, {change.made})"
     _heard(f"{what} is open; watching for up to {patience_s:g} s whether somebody is at it …")
-    if not is_abandoned(change, patience_s):
-        if (now := history(name, environment))[-1].number == change.number and now[-1].state != "open":
-            return ""  # it ended while we watched
+    abandoned = is_abandoned(change, patience_s)
+    if (now := next(c for c in history(name, environment) if c.number == change.number)).state != "open":  # it ended while we watched: nothing beats any more then
+        if decide and now.state == "in force":
+            raise Refused(f"{what} was first; do yours again if it still makes sense. Look with: textrelay status {name}")
+        return ""
+    if not abandoned:
         raise Refused(f"{what} is under way; wait until textrelay status {name} shows its end, then do yours again if it still makes sense")
     where = open_target(change.target)
     serving = _serving(where, change.endpoint)
