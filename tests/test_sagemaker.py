@@ -18,6 +18,7 @@ import nbformat
 import papermill
 import pytest
 
+from test_releases import PRODUCTION, Checkout, checkout  # noqa: F401
 from textrelay.aws import READS, actions, role_policy
 from textrelay.capture import read_capture
 from textrelay.classifier import TransformerClassifier, tiny_model
@@ -282,6 +283,53 @@ def test_chain(aws, state):
     while not all(boto3.client("s3", region_name=r).list_objects_v2(Bucket=f"acme-{r}", Prefix="capture/chain/").get("KeyCount") for r in REGIONS):
         assert time.monotonic() < deadline, "nothing was captured"
         time.sleep(0.5)
+
+
+@pytest.mark.soak
+def test_from_a_build_to_production_in_two_regions_and_back(aws, checkout: Checkout):  # noqa: F811
+    "By commands alone, with the people who sign between them: staging, production, a candidate that fails under the canary, a better one, rollback."
+    def in_production() -> tuple[str, list[str]]:
+        row, = json.loads(checkout.textrelay("status", "replies@production", "--json"))
+        assert not row["problems"], row
+        return row["release"], running("replies-production")
+
+    def signed(release: str) -> tuple[str, str, str]:
+        checkout.approve("bob", "promote", release)
+        return "promote", release, "params/production.yaml"
+
+    place = {"regions": list(REGIONS), "bucket": "acme-{region}", "role": aws.role, "image": "{account}.dkr.ecr.{region}.amazonaws.com/reply-intent:1",
+             "instance_type": "ml.c7i.large", "instance_count": 2, "wait_s": 480, "bake_s": 120, "period_s": 1200, "capture": 1.0, "poll_s": 0.2, "latency_ms": 30_000}
+    (checkout.folder / "params/production.yaml").write_text(PRODUCTION.replace("deploy: {", f"deploy: {{target: {{sagemaker: {json.dumps(place)}}}, "))
+    aws.app.faults.put([])
+    first = checkout.build(lambda text: text + "# the first\n", "first")
+    assert running("replies-staging") == [first, first] and "no approval to promote" in checkout.textrelay("promote", first, "params/production.yaml", code=3)
+    checkout.textrelay(*signed(first))
+    assert in_production() == (first, [first, first])
+
+    second = checkout.build(lambda text: text.replace("epochs: 6", "epochs: 8"), "second")
+    promote = signed(second)
+    planned = [c for c in json.loads(checkout.textrelay(*promote, "--dry-run", "--json"))["calls"] if not c["if_it_fails"]]
+    model, = {c["params"]["ModelName"] for c in planned if c["operation"] == "CreateModel" and c["region"] == REGIONS[1]}
+    aws.app.faults.put([{"kind": "model_error", "region": REGIONS[1], "model": model}])
+    with Users(REGIONS[1], "replies-production") as users:
+        said = checkout.textrelay(*promote, code=1)
+    aws.app.faults.put([])
+    print(f"under the canary {users.failed} of {users.asked} failed; {said.strip().splitlines()[-1]}")
+    assert "ALARM" in said and f"all regions run what they ran before ({first[:19]})" in said and 0 < users.failed <= 0.1 * users.asked + 1
+    assert in_production() == (first, [first, first])
+
+    planned = [c for c in json.loads(checkout.textrelay(*promote, "--dry-run", "--json"))["calls"] if not c["if_it_fails"]]
+    aws.app.calls.clear()
+    checkout.textrelay(*promote)
+    assert {(c["region"], c["operation"]) for c in aws.app.calls} == {(c["region"], c["operation"]) for c in planned}
+    assert in_production() == (second, [second, second])
+    assert first in checkout.textrelay("rollback", "replies-production", "--dry-run") and in_production() == (second, [second, second])
+    checkout.textrelay("rollback", "replies@production")
+    assert in_production() == (first, [first, first])
+    print(checkout.textrelay("log"))
+    assert read_capture(SageMakerTarget(Settings.of(place)).captured("replies-production"))
+    for region in REGIONS:
+        assert boto3.client("s3", region_name=region).list_objects_v2(Bucket=f"acme-{region}", Prefix="capture/replies-production/")["KeyCount"]
 
 
 @pytest.mark.soak

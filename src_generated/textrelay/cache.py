@@ -118,7 +118,8 @@ def found(
     if values.get("endpoint") and values.get("target") not in (None, "local"):
         now["endpoint"] = "not asked"  # whoever deploys asks it anyway, and changes nothing where nothing changed
     elif values.get("endpoint"):
-        now["endpoint"] = next((e.release for e in LocalTarget().endpoints() if e.name == values["endpoint"] and e.status == "running"), "none")
+        serving = LocalTarget().find(values["endpoint"])
+        now["endpoint"] = serving.release if serving and serving.status == "running" else "none"
     if values.get("alias") and _is_result(values.get("wrap")):
         entry = champion(values["wrap"]["name"], values["alias"])
         now["alias"] = entry.release if entry else "none"

@@ -225,7 +225,8 @@ def _not_production(name: str, params: str | None) -> None:
 
         is_production = (find_environment(name) or ("", ""))[1] == "production"
     else:
-        is_production = any(e.name == name and e.facts.get("environment") == "production" for e in LocalTarget().endpoints())
+        serving = LocalTarget().find(name)
+        is_production = bool(serving and serving.facts.get("environment") == "production")
     if is_production:
         raise Refused(f"endpoint {name} is production: only what is approved gets there, with textrelay promote, or back with textrelay rollback")
 
@@ -420,7 +421,7 @@ def _git_email() -> str:
 @click.argument("release")
 @click.argument("params", type=click.Path(exists=True, dir_okay=False))
 @click.option("--set", "settings", multiple=True, metavar="STAGE.NAME=VALUE", help="Replace one parameter, as YAML: --set deploy.port=8081.")
-@click.option("--dry-run", is_flag=True, help="Only say what it would change, and whether something is missing.")
+@click.option("--dry-run", is_flag=True, help="Only say what it would change, whether something is missing, and on SageMaker the exact calls.")
 @_json
 def promote(release: str, params: str, settings: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
     """Bring RELEASE into force as the deploy stage of PARAMS says: the same bundle, nothing is built anew.
@@ -439,6 +440,7 @@ def _would_promote(release: str, params: str, settings: tuple[str, ...], as_json
     from textrelay.core import project_root
     from textrelay.registry import champion, find_release
     from textrelay.releases import bundle_of, permit
+    from textrelay.releases import plan as planned
     from textrelay.stages import effective, notebook_of, read_params
 
     root, entry = project_root(params), find_release(release)
@@ -447,9 +449,12 @@ def _would_promote(release: str, params: str, settings: tuple[str, ...], as_json
     files = {k: root / values[k] if values[k] else None for k in ("allowed_signers", "public_key")}
     yes = permit(entry, values["alias"], bundle_of(entry), same_person=values["same_person"], **files)
     now = champion(entry.name, values["alias"])
+    calls = planned(entry, values["alias"], endpoint=values["endpoint"], target=values["target"], settings={"port": values["port"], "options": values["options"]},
+                    approvals=[a.id for a in yes])
     plan = {"name": entry.name, "environment": values["alias"], "endpoint": values["endpoint"], "from": now and now.release, "to": entry.release}
-    _say({**plan, "approvals": [a.id for a in yes]}, as_json, f"would bring {entry.release} into force in {entry.name}@{values['alias']}, endpoint {values['endpoint']}\n"
-         f"now: {plan['from'] or 'nothing'}\napprovals: {', '.join(f'{a.kind} {a.id} by {a.by}' for a in yes) or 'none asked for'}")
+    told = [f"would bring {entry.release} into force in {entry.name}@{values['alias']}, endpoint {values['endpoint']}", f"now: {plan['from'] or 'nothing'}",
+            f"approvals: {', '.join(f'{a.kind} {a.id} by {a.by}' for a in yes) or 'none asked for'}", *map(str, calls)]
+    _say({**plan, "approvals": [a.id for a in yes], "calls": [vars(c) for c in calls]}, as_json, "\n".join(told))
 
 
 @main.command()

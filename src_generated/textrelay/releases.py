@@ -18,12 +18,13 @@ from .core import IntegrityError, Refused, read_json
 from .exchange import store
 from .flavor import model_folder
 from .registry import PATIENCE_S, Change, Entry, at_work, champion, claim, close, environments, find_release, former, history, in_force, is_abandoned, mirror
-from .sagemaker import open_target
+from .sagemaker import SageMakerTarget, open_target
 from .sealing import check_signature
 from .worker import Bundle, check_golden, read_bundle
 
 # %% auto #0
-__all__ = ['bundle_of', 'built_from', 'permit', 'promote', 'settle', 'find_environment', 'rollback', 'status', 'as_text', 'story']
+__all__ = ['bundle_of', 'built_from', 'permit', 'promote', 'plan', 'settle', 'find_environment', 'rollback', 'status', 'as_text',
+           'story']
 
 # %% ../../nbs/lib/56_releases.ipynb #6a1f0e05
 def bundle_of(
@@ -113,16 +114,12 @@ def promote(
     seen, where, wanted = history(entry.name, environment), open_target(target), dict(settings or {})
     bundle = bundle_of(entry)
     yes = permit(entry, environment, bundle, allowed_signers=allowed_signers, same_person=same_person, public_key=public_key, now=now)
-    last, serving = in_force(seen), _serving(where, endpoint)
+    last, serving = in_force(seen), where.find(endpoint)
     asked = (entry.release, endpoint, target, wanted)
     if last and _running(serving) == entry.release and (last.release, last.endpoint, last.target, last.settings) == asked:
         return last, serving
     change = claim(entry, environment, seen=seen, endpoint=endpoint, approvals=[a.id for a in yes], run_id=run_id, target=target, settings=wanted)
     return _carry_out(change, seen, bundle, where)
-
-
-def _serving(where: Any, endpoint: str) -> Any:
-    return next((e for e in where.endpoints() if e.name == endpoint), None)
 
 
 def _running(serving: Any) -> str | None:
@@ -146,14 +143,33 @@ def _carry_out(change: Change, seen: Sequence[Change], bundle: Bundle, where: An
 
 
 def _deploy(change: Change, bundle: Bundle, where: Any) -> Any:
-    serving, running = _serving(where, change.endpoint), None
-    facts = {"version": change.version, "environment": change.environment, **({"approvals": " ".join(change.approvals)} if change.approvals else {})}
+    serving, running = where.find(change.endpoint), None
     if change.how == "rollback" and _running(serving) and (serving.previous or {}).get("release") == change.release:
         running = where.rollback(change.endpoint)  # the target has it at hand still
     if _running(running) != change.release:
-        running = where.deploy(bundle.path, change.endpoint, facts=facts, **change.settings)
+        running = where.deploy(bundle.path, change.endpoint, facts=_known(change.version, change.environment, change.approvals), **change.settings)
     _prove(running, change.release, bundle, where)
     return running
+
+
+def _known(version: str, environment: str, approvals: Sequence[str]) -> dict[str, str]:
+    return {"version": version, "environment": environment, **({"approvals": " ".join(approvals)} if approvals else {})}
+
+
+def plan(
+    entry: Entry,                                # what is to be promoted
+    environment: str,
+    *,
+    endpoint: str,
+    target: Any = None,                          # as for `promote`
+    settings: Mapping[str, Any] | None = None,
+    approvals: Sequence[str] = (),               # ids
+) -> list[Any]:                                  # `aws.Call`s in order; none for this machine
+    "The calls of a cloud's API that `promote` would make now; nothing is changed."
+    where = open_target(target)
+    if not isinstance(where, SageMakerTarget):
+        return []
+    return where.plan(bundle_of(entry).path, endpoint, facts=_known(entry.version, environment, approvals), **(settings or {}))
 
 
 def _prove(running: Any, release: str, bundle: Bundle, where: Any) -> None:
@@ -173,7 +189,7 @@ def _undo(change: Change, before: Change | None, where: Any, why: str) -> None:
 
 def _restore(change: Change, before: Change | None, where: Any) -> None:
     "Let the target serve again what is in force, where a change has touched it."
-    serving = _serving(where, change.endpoint)
+    serving = where.find(change.endpoint)
     if before and before.endpoint == change.endpoint and _running(serving) != before.release:
         _deploy(before, bundle_of(find_release(before.release, before.name)), where)
     elif not before and serving and serving.release == change.release:
@@ -207,7 +223,7 @@ def settle(
     if not abandoned:
         raise Refused(f"{what} is under way; wait until textrelay status {name} shows its end, then do yours again if it still makes sense")
     where = open_target(change.target)
-    serving = _serving(where, change.endpoint)
+    serving = where.find(change.endpoint)
     runs, wanted = _running(serving), before.release if before else None
     problem = ""
     if runs == change.release:
@@ -254,7 +270,7 @@ def rollback(
     if not (last := in_force(seen)):
         raise ValueError(f"{name}@{environment}: nothing is in force, so that there is nothing to roll back")
     where = open_target(last.target)
-    serving = _serving(where, last.endpoint)
+    serving = where.find(last.endpoint)
     back = former(seen, last) if _running(serving) == last.release else last
     while back and (problem := _withdrawn(back, allowed_signers, now)):
         _heard(f"not to {back.release[:19]} (entry {back.number}): {problem}")
@@ -312,7 +328,7 @@ def _status(name: str, environment: str, let: Mapping[str, Approval], patience_s
     if not now:
         return row
     before = former(changes, now)
-    serving = _serving(open_target(now.target), now.endpoint)
+    serving = open_target(now.target).find(now.endpoint)
     if not still_open and _running(serving) != now.release:
         runs = f"serves {_running(serving)}" if _running(serving) else "does not run" if serving else "is not there"
         problems.append(f"endpoint {now.endpoint} {runs}, which no entry accounts for; what is in force comes back with: textrelay rollback {now.endpoint}")

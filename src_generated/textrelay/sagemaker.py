@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +18,8 @@ from .aws import Aws, Call, explained
 from .core import home
 from .hosting import VARIANTS, Settings, archive, check_endpoint_name
 from .region import MOVING, Region, State
-from .targets import LocalTarget
-from .worker import FACTS, check_golden, read_bundle, write_release
+from .targets import LocalTarget, deployable
+from .worker import FACTS, check_golden, write_release
 
 # %% auto #0
 __all__ = ['Deployed', 'Wanted', 'SageMakerTarget', 'open_target']
@@ -51,7 +51,7 @@ class Wanted(NamedTuple):
     share: str = ""           # of the candidate
 
 
-def _told(name: str, states: Sequence[State], previous: dict[str, Any] | None = None, drift: Sequence[str] = ()) -> Deployed:
+def _told(name: str, states: Sequence[State], previous: dict[str, Any] | None = None) -> Deployed:
     there = [s for s in states if s.status != "missing"]
     first = there[0]
     releases, statuses = {s.release for s in states}, {s.status for s in states}
@@ -62,7 +62,7 @@ def _told(name: str, states: Sequence[State], previous: dict[str, Any] | None = 
         {"share": share, "facts": {"release": first.facts["candidate"]}} if first.facts.get("candidate") else None,
         {"facts": {"release": first.facts["shadow"]}} if first.facts.get("shadow") else None, previous,
         {s.region: {"status": s.status, "release": s.release, "config": s.config, "good": s.good, "variants": s.variants, "shadow": s.shadow, "reason": s.reason}
-         for s in states}, list(drift))
+         for s in states}, [])
 
 # %% ../../nbs/lib/51_sagemaker.ipynb #c1c00bab
 class SageMakerTarget:
@@ -92,12 +92,7 @@ class SageMakerTarget:
         check_endpoint_name(name)
         if other := sorted({*(options or {})} - {"capture"}) + (["port"] if port else []):
             raise ValueError(f"endpoint {name!r}: SageMaker starts the container as it is, so that {other} cannot be set; only 'capture' can")
-        if not 0 < share <= 1:
-            raise ValueError(f"share {share}: expected more than 0, at most 1")
-        what = read_bundle(bundle)
-        if not what.golden:
-            raise ValueError(f"{bundle}: no golden rows: what cannot be checked is not deployed; seal the model into a bundle first")
-        known = {**what.facts, **(facts or {})}
+        what, known = deployable(bundle, facts, share)
         capture = float((options or {}).get("capture", self.settings.capture))
         role = "shadow" if shadow else "candidate" if share < 1 else "current"
         with tempfile.TemporaryDirectory(prefix="textrelay-") as scratch:
@@ -198,6 +193,13 @@ class SageMakerTarget:
     ) -> dict[str, Any]:  # the endpoint as a mapping, with 'regions' and 'drift'
         "What an endpoint runs, and how it is, as AWS has it now."
         return asdict(self._look(name))
+
+    def find(
+        self,
+        name: str,          # of an endpoint
+    ) -> Deployed | None:   # None: there is no such in any region
+        "An endpoint as AWS has it now, but for what was changed by hand. Unlike `endpoints` it looks at no other one, which a role may be forbidden to do."
+        return self._find(name)[0]
 
     def endpoints(self) -> list[Deployed]:
         "Endpoints that were deployed by this project, in any of the regions."
@@ -384,14 +386,20 @@ class SageMakerTarget:
             raise ValueError(f"{region.region}: endpoint {name!r} is {state.status}{': ' + state.reason if state.reason else ''}; wait, or delete it")
         return state
 
-    def _look(self, name: str) -> Deployed:
+    def _find(self, name: str) -> tuple[Deployed | None, list[State]]:
         states = [r.state(name) for r in self.regions]
-        there = [s for s in states if s.status != "missing"]
+        there = [(r, s) for r, s in zip(self.regions, states, strict=True) if s.status != "missing"]
         if not there:
+            return None, states
+        region, first = there[0]
+        return _told(name, states, region.facts(first.back) or None if first.back else None), states
+
+    def _look(self, name: str) -> Deployed:
+        found, states = self._find(name)
+        if not found:
             raise ValueError(f"no endpoint {name!r} in {', '.join(self.settings.regions)}")
         drift = [d for r, s in zip(self.regions, states, strict=True) for d in (r.drift(name, s) if s.status != "missing" else [f"{r.region}: no endpoint {name!r}"])]
-        first = next(r for r in self.regions if r.region == there[0].region)
-        return _told(name, states, first.facts(there[0].back) or None if there[0].back else None, drift)
+        return replace(found, drift=drift)
 
 
 def _own(facts: Mapping[str, Any]) -> dict[str, Any]:

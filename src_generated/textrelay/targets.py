@@ -29,10 +29,10 @@ from urllib.request import OpenerDirector, ProxyHandler, Request, build_opener
 
 from .core import atomic_folder, read_json, write_json
 from .core import home as core_home
-from .worker import payload, read_bundle, write_release
+from .worker import Bundle, payload, read_bundle, write_release
 
 # %% auto #0
-__all__ = ['request', 'latencies', 'Endpoint', 'LocalTarget']
+__all__ = ['request', 'latencies', 'Endpoint', 'deployable', 'LocalTarget']
 
 # %% ../../nbs/lib/50_targets.ipynb #a4acbd8d
 def _opener() -> OpenerDirector:
@@ -185,6 +185,20 @@ def _any_port() -> int:
         return int(s.getsockname()[1])
 
 # %% ../../nbs/lib/50_targets.ipynb #c49f42b4
+def deployable(
+    bundle: str | Path,                # folder of a bundle with golden rows
+    facts: Mapping[str, Any] | None,   # known only now
+    share: float,                      # of the traffic
+) -> tuple[Bundle, dict[str, Any]]:    # verified; all that is known of it
+    "What a target is asked to serve. ValueError: no target can."
+    if not 0 < share <= 1:
+        raise ValueError(f"share {share}: expected more than 0, at most 1")
+    what = read_bundle(bundle)
+    if not what.golden:
+        raise ValueError(f"{bundle}: no golden rows: what cannot be checked is not deployed; seal the model into a bundle first")
+    return what, {**what.facts, **(facts or {})}
+
+
 class LocalTarget:
     "Endpoints of this machine; their state is in `.textrelay/endpoints`."
 
@@ -210,12 +224,8 @@ class LocalTarget:
         "Let a bundle serve under a name; it gets traffic once it has proved right, and no request is lost meanwhile."
         if not re.fullmatch(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}", name):
             raise ValueError(f"endpoint {name!r}: expected up to 63 letters, digits and hyphens, such as 'reply-intent'")
-        if not 0 < share <= 1:
-            raise ValueError(f"share {share}: expected more than 0, at most 1")
-        what = read_bundle(bundle)
-        if not what.golden:
-            raise ValueError(f"{bundle}: no golden rows: what cannot be checked is not deployed; seal the model into a bundle first")
-        release, known = str(what.facts["release"]), {**what.facts, **(facts or {})}
+        what, known = deployable(bundle, facts, share)
+        release = str(known["release"])
         with self._lock():
             old = self._read(name)
             aside = shadow or share < 1
@@ -298,6 +308,13 @@ class LocalTarget:
         "All endpoints, by name, with their present status."
         found = [self._read(path.stem) for path in sorted(self.folder.glob("*.json"))]
         return [e for e in found if e]
+
+    def find(
+        self,
+        name: str,          # of an endpoint
+    ) -> Endpoint | None:   # None: there is no such
+        "An endpoint with its present status."
+        return self._read(name)
 
     def status(
         self,
