@@ -491,6 +491,18 @@ def test_two_deployments_at_a_time_take_turns(target: LocalTarget, tiny_bundle: 
     assert (a.status, b.status) == ("running", "running") and a.port != b.port and works(a) and works(b)
 
 
+def test_targets_that_know_nothing_of_each_other_get_ports_of_their_own(tiny_bundle: Path, tmp_path: Path) -> None:
+    places = [LocalTarget(tmp_path / name) for name in "abc"]
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            endpoints = list(pool.map(lambda place: place.deploy(tiny_bundle, "same"), places))
+        assert len({e.port for e in endpoints}) == 3 and all(map(works, endpoints))
+    finally:
+        for place in places:
+            if place.find("same"):
+                place.delete("same")
+
+
 def test_a_port_in_use_is_an_error_before_anything_starts(target: LocalTarget, tiny_bundle: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

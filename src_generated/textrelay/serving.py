@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import random
+import socket
 import sys
 import time
 from collections import OrderedDict
@@ -504,11 +505,15 @@ def serve(
     *,
     host: str = "127.0.0.1",  # '0.0.0.0' in a container: then other machines can reach it
     port: int = 8080,         # SageMaker's
+    fd: int | None = None,    # of a socket that is bound to the port, so that nobody else could take it meanwhile
 ) -> None:
     "Serve until SIGTERM or SIGINT."
     import uvloop
 
     log_to_stderr()
+    listeners = [socket.socket(fileno=fd)] if fd is not None else None
+    for listener in listeners or ():
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as uvicorn sets it: a restart does not wait for old connections
 
     async def run() -> None:
         front = Front(os.environ.pop("TEXTRELAY_CONTROL", None))  # workers do not inherit it
@@ -516,7 +521,7 @@ def serve(
         await _Server(uvicorn.Config(
             front, host=host, port=port, http="httptools", ws="none", lifespan="off", log_config=None, log_level="warning", access_log=False,
             server_header=False, timeout_graceful_shutdown=25,
-        ), front).serve()
+        ), front).serve(listeners)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(run())
@@ -530,13 +535,14 @@ def main(
     parser.add_argument("path", nargs="?", default="/opt/ml/model", help="bundle, saved model, or a .json file of settings (default: SageMaker's %(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=int(os.environ.get("SAGEMAKER_BIND_TO_PORT", 8080)), help="port to listen on (default: %(default)s)")
+    parser.add_argument("--fd", type=int, help="file descriptor of a socket that is bound to that port")
     for name, kind, says in OPTIONS:
         parser.add_argument(f"--{name.removesuffix('_s')}", dest=name, type=kind, default=argparse.SUPPRESS, help=f"{says} (default: {getattr(Settings, name)})")
     words = list(sys.argv[1:] if argv is None else argv)
     given = vars(parser.parse_args(words[:-1] if words[-1:] == ["serve"] else words))
-    path, host, port = given.pop("path"), given.pop("host"), given.pop("port")
+    path, where = given.pop("path"), {name: given.pop(name) for name in ("host", "port", "fd")}
     try:
-        serve(Settings.of(read_json(path) if path.endswith(".json") else {"variants": {"AllTraffic": {"path": path}}, **given}), host=host, port=port)
+        serve(Settings.of(read_json(path) if path.endswith(".json") else {"variants": {"AllTraffic": {"path": path}}, **given}), **where)
     except (ValueError, OSError, ImportError, RuntimeError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1

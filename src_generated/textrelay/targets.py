@@ -115,12 +115,13 @@ class Endpoint:
 _children: dict[int, subprocess.Popen[bytes]] = {}  # those that this process started, so that it can reap them
 
 
-def _start(settings: Path, port: int, log: Path, token: str) -> int:
+def _start(settings: Path, port: int, log: Path, token: str, listener: socket.socket | None = None) -> int:
     # -P: nothing is imported from the working directory, since the endpoint must not depend on where it was deployed from
-    command = [sys.executable, "-P", "-m", "textrelay.serving", str(settings), "--port", str(port)]
+    command = [sys.executable, "-P", "-m", "textrelay.serving", str(settings), "--port", str(port), *(["--fd", str(listener.fileno())] if listener else [])]
     env = {**os.environ, "TEXTRELAY_HOME": str(core_home()), "TEXTRELAY_CONTROL": token}  # not on the command line, which everybody on the machine can read
     with open(log, "ab") as out:
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env=env)
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env=env,
+                                 pass_fds=[listener.fileno()] if listener else [])
     _children[child.pid] = child
     return child.pid
 
@@ -177,6 +178,17 @@ def _is_free(port: int, within_s: float = 0) -> bool:
                 if time.monotonic() >= deadline:
                     return False
         time.sleep(0.02)
+
+
+def _bound(port: int) -> socket.socket | None:
+    "A socket on a port, which nobody else gets from now on; None: it is taken."
+    s = socket.socket()
+    try:
+        s.bind(("127.0.0.1", port))  # without SO_REUSEADDR: with it, two could be bound to one port until one of them listens
+        return s
+    except OSError:
+        s.close()
+        return None
 
 
 def _any_port() -> int:
@@ -237,7 +249,7 @@ class LocalTarget:
                 return old
             if old and aside and old.release == release:
                 raise ValueError(f"endpoint {name!r}: release {release[:19]} is its current one already")
-            port = self._port(old, port)
+            port, listener = self._port(old, port)
             now = old or Endpoint(name, f"http://127.0.0.1:{port}", port, 0, release, known, "")
             if shadow:
                 new = replace(now, shadow={"facts": known}, options=options)
@@ -250,10 +262,12 @@ class LocalTarget:
                     with atomic_folder(self._copy(name, release)) as temporary:
                         shutil.copytree(what.path, temporary, dirs_exist_ok=True)
                         write_release(temporary, {**what.beside, **known})
-                return self._apply(old, new, timeout_s)
+                return self._apply(old, new, timeout_s, listener)
             except RuntimeError as e:
                 raise RuntimeError(f"{name}: release {release[:19]} was not deployed: {e}") from None
             finally:
+                if listener:
+                    listener.close()  # the front has it
                 self._clean(name)
 
     def shift(
@@ -383,20 +397,20 @@ class LocalTarget:
     def _settings(self, name: str) -> Path:
         return self.folder / name / "settings.json"
 
-    def _port(self, old: Endpoint | None, port: int | None) -> int:
+    def _port(self, old: Endpoint | None, port: int | None) -> tuple[int, socket.socket | None]:
         "The endpoint's own port, else the one asked for, else a free one that no other endpoint owns, dead ones included."
         if old:
             if port not in (None, old.port):
                 _say(f"{old.name}: keeps its port {old.port}; delete it first to give it port {port}")
             if not _is_ours(old.pid, self._settings(old.name), old.port) and not _is_free(old.port, 2):
                 raise RuntimeError(f"{old.name}: its port {old.port} is now used by another program; end that, or delete the endpoint first")
-            return old.port
+            return old.port, None
         owned = {e.port for e in self.endpoints()}
         if port is None:
-            return next(p for p in range(8080, 65536) if p not in owned and _is_free(p))
+            return next((p, s) for p in range(8080, 65536) if p not in owned and (s := _bound(p)))
         if port in owned or not _is_free(port):
             raise RuntimeError(f"port {port} is in use; name another one, or none to get one that is free")
-        return port
+        return port, None
 
     def _wanted(self, e: Endpoint) -> dict[str, Any]:
         "An endpoint as `serving.Settings`."
@@ -416,14 +430,14 @@ class LocalTarget:
         finally:
             self._clean(new.name)
 
-    def _apply(self, old: Endpoint | None, new: Endpoint, timeout_s: float) -> Endpoint:
+    def _apply(self, old: Endpoint | None, new: Endpoint, timeout_s: float, listener: socket.socket | None = None) -> Endpoint:
         "Have the front do it, or start one that does, and remember it."
         if old and old.status == "running":
             self._control(old, "settings", self._wanted(new), timeout_s)
         else:
             if old:
                 _stop(old.pid, self._settings(old.name), old.port)
-            new = self._serve(new, timeout_s)
+            new = self._serve(new, timeout_s, listener)
         write_json(self.folder / f"{new.name}.json", asdict(new))
         return new
 
@@ -440,13 +454,13 @@ class LocalTarget:
         except (OSError, HTTPException) as error:
             raise RuntimeError(f"{e.url} did not answer: {getattr(error, 'reason', error)}") from None
 
-    def _serve(self, e: Endpoint, timeout_s: float) -> Endpoint:
+    def _serve(self, e: Endpoint, timeout_s: float, listener: socket.socket | None) -> Endpoint:
         settings, log, token = self._settings(e.name), self.folder / e.name / "server.log", secrets.token_urlsafe()
         begin = log.stat().st_size if log.exists() else 0
         write_json(settings, self._wanted(e))
         with open(os.open(settings.with_name("token"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as f:
             f.write(token)
-        pid = _start(settings, e.port, log, token)
+        pid = _start(settings, e.port, log, token, listener)
         try:
             new = replace(e, pid=pid, status="running", started=e.started or _now())
             _wait(e.url, e.release, timeout_s, lambda: _is_alive(pid))
