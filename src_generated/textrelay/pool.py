@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from .worker import LENGTHS, PROTOCOL, pack, unpack
 log = logging.getLogger("textrelay.pool")
 
 # %% auto #0
-__all__ = ['log', 'DEATHS', 'TOGETHER', 'ALIKE', 'SMALL', 'PAUSE_S', 'YOUNG_S', 'Pool']
+__all__ = ['log', 'DEATHS', 'TOGETHER', 'ALIKE', 'NEXT', 'SMALL', 'PAUSE_S', 'YOUNG_S', 'Pool']
 
 # %% ../../nbs/lib/42_pool.ipynb #e414e822
 @dataclass(eq=False)
@@ -97,6 +98,7 @@ async def _start(path: Path, threads: int) -> _Worker:
 DEATHS = 3        # workers that may die of one request
 TOGETHER = 2      # requests that a worker takes at once, at most; each number more costs memory for its shapes, and time for those who wait
 ALIKE = 0.15      # by how much the lengths of their bodies may differ
+NEXT = 6          # requests in front of which nobody else is taken: whoever jumps a long queue makes the others wait for it
 SMALL = 1_000     # bytes, some 200 word pieces; longer rows gain nothing from company, and larger requests hold several
 PAUSE_S = 30.0    # longest pause before a worker is started again
 YOUNG_S = 10.0    # a worker that dies younger than this was not well
@@ -258,7 +260,7 @@ class Pool:
         share = min(TOGETHER, 1 + len(self._jobs) // (self.workers * self.threads))
         if share == 1 or first.deaths or len(first.body) > SMALL:
             return [first]
-        alike = [j for j in self._jobs if not j.deaths and abs(len(j.body) - len(first.body)) <= ALIKE * len(first.body)]
+        alike = [j for j in islice(self._jobs, NEXT) if not j.deaths and abs(len(j.body) - len(first.body)) <= ALIKE * len(first.body)]
         mates = sorted(alike, key=lambda j: abs(len(j.body) - len(first.body)))[: share - 1]
         for job in mates:
             self._jobs.remove(job)
