@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from .metrics import PAIRED
+from .metrics import OF_ONE, PAIRED
 
 LOSSES = ("log_loss", "brier", "ece", "ms", "bundle")  # metrics, or first parts of their names, of which less is better
 KINDS = ("at_least", "at_most", "between", "not_worse_than")
 KEYS = ("metric", *KINDS, "slice", "margin", "waiver")
-ROWS = 30  # fewer rows (of a label: rows that have it) say nothing: at 30 even the mean of a share is known to 0.18 at best (95 %, at one half)
+ROWS = 30  # fewer rows (of a label: that have it; of a loss: that were scored) say nothing: at 30 even the mean of a share is known to 0.18 at best (95 %, at one half)
 
 # %% auto #0
 __all__ = ['LOSSES', 'KINDS', 'KEYS', 'ROWS', 'COLOURS', 'Verdict', 'check', 'lower_is_better', 'kind_of', 'in_words',
@@ -146,8 +146,12 @@ def _problem(rule: Any) -> str:
         return next((f"{k} goes with not_worse_than, not with {kinds[0]}" for k in ("margin", "waiver") if k in rule), "")
     if rule["not_worse_than"] != "champion":
         return f"not_worse_than is {rule['not_worse_than']!r}; only 'champion' is known"
-    known = name.partition(".")[0] in PAIRED
-    return "" if known else f"{name} cannot be compared row by row; ask for at_most, at_least or between. With the champion are compared: {', '.join(PAIRED)}"
+    kind, _, part = name.partition(".")
+    if kind in PAIRED and kind in OF_ONE and not part:
+        return f"{kind} is of one {'share of the rows' if kind == 'ms' else 'label'}; name it, for example {'ms.p95' if kind == 'ms' else f'{kind}.unsubscribe'}"
+    if kind in PAIRED and part and kind not in OF_ONE:
+        return f"{name} cannot be compared with the champion, {kind} can; the interval of the difference is looked at anyway"
+    return "" if kind in PAIRED else f"{name} cannot be compared row by row; ask for at_most, at_least or between. With the champion are compared: {', '.join(PAIRED)}"
 
 
 def _is_number(value: Any) -> bool:
@@ -198,10 +202,15 @@ def unusable(
     if not isinstance(value, Real) or not math.isfinite(value):  # numpy's numbers are Real too
         return f"the run has {value!r} for it, which is not a finite number"
     kind, _, label = name.partition(".")
-    of_label = kind in ("precision", "recall", "f1")
-    rows = metrics.get(f"support.{label}" if of_label else "rows", ROWS)
+    rows, what = metrics.get("rows", ROWS), ""
+    if kind in ("log_loss", "brier", "ece"):
+        rows, what = metrics.get("scored", rows), " were scored"
+    elif kind in ("precision", "recall", "f1"):
+        rows, what = metrics.get(f"support.{label}", ROWS), f" have the label {label}"
+        if kind == "precision" and 0 < (claimed := metrics.get(f"claimed.{label}", rows)) < rows:  # never given: its precision is 0, and fails
+            rows, what = claimed, f" were given the label {label}"
     if kind not in ("bundle", "rows") and rows < ROWS:
-        return f"{rows:.0f} rows{f' have the label {label}' if of_label else ''}, at least {ROWS} are needed"
+        return f"{rows:.0f} rows{what}, at least {ROWS} are needed"
     return ""
 
 

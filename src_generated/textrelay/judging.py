@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .gates import ROWS, Verdict, check, check_rules, distinct, in_words, judge_metric, kind_of, lower_is_better, unusable
+from .likeness import PHRASE
 from .metrics import Scores, compare, different_rows, evaluate, mcnemar, metric_name
 
 REASONS = ("empty", "too_long", "low_confidence", "automatic")  # of textrelay's own filters: where no row has one, its rate is 0
@@ -105,7 +106,7 @@ def _planted(scores: Scores, metric: str) -> dict[str, Scores]:
 
 def self_test(
     rule: Mapping[str, Any],  # checked
-    scores: Scores,           # of the rows that it is to judge: the champion's if there is one
+    scores: Scores,           # of the rows that it is to judge: the champion's if it is compared with one
 ) -> str:                     # '' if the rule tells better from worse here
     "What is wrong with a rule, or with the judging itself."
     metric = rule["metric"]
@@ -133,7 +134,7 @@ def judge_scores(
     scores: Scores,                      # of the candidate
     champion: Scores | None = None,      # of the model that runs now, on the same rows; None before the first release
     *,
-    leaks: Sequence[Any],                # test rows that training has seen, see `likeness.near_duplicates`
+    leaks: Sequence[Any],                # test rows that training has seen, see `likeness.alike`
     measured: Mapping[str, float] | None = None,    # what is not in the table, such as bundle.mb
     digests: tuple[str, str | None] | None = None,  # of candidate and champion, as their tables must name them
 ) -> Verdict:                            # PASS only if every check passes
@@ -164,12 +165,15 @@ def _other_rows(scores: Scores, champion: Scores) -> str:
 
 
 def _tested(rule: Mapping[str, Any], scores: Scores, champion: Scores | None) -> str:
-    base = champion or scores
-    if kind_of(rule) == "not_worse_than" and champion is None:
+    versus = kind_of(rule) == "not_worse_than"
+    if versus and champion is None:
         return ""
+    base = champion if versus and champion else scores  # what it cannot judge there is INCONCLUSIVE anyway, with the reason
     if "slice" in rule:
         rows, problem = _part(base, rule["slice"])
-        return "" if problem else self_test(rule, base.where(rows))
+        if problem:
+            return ""
+        base = base.where(rows)
     return "" if len(base) < ROWS or unusable(rule["metric"], _values(base, rule["metric"], {})) else self_test(rule, base)
 
 
@@ -181,7 +185,7 @@ def _self_test_check(rules: Sequence[Mapping[str, Any]], tested: Sequence[str]) 
 
 def _leak_check(leaks: Sequence[Any], rows: int) -> dict[str, Any]:
     few = (f"{len(leaks)} of {rows} test rows are in the training part too, word for word or nearly; take them out of one of the two" if leaks
-           else f"none of the {rows} test rows is in the training part, word for word or nearly")
+           else f"none of the {rows} test rows is in the training part, word for word or nearly; phrases of up to {PHRASE} words are left out")
     return check("INCONCLUSIVE" if leaks else "PASS", "leakage", "test rows that training has not seen", few, value=float(len(leaks)), rows=float(rows))
 
 

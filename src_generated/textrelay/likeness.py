@@ -16,6 +16,8 @@ import numpy as np
 ALIKE = 0.8     # Jaccard similarity from which two texts are alike
 CHARACTERS = 5  # of a shingle
 PHRASE = 3      # most words of what many people say in the same words
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30fa\u30fc-\u30ff\u3400-\u9fff"  # Thai, Lao, Burmese, Khmer, kana, Han: no spaces between words
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 _FACTORS = np.random.default_rng(0).integers(1, 2**63, CHARACTERS, dtype=np.uint64) * np.uint64(2) + np.uint64(1)  # odd: nothing is shifted out
 
 # %% auto #0
@@ -26,7 +28,7 @@ def shingles(
     text: str,
 ) -> np.ndarray:  # different numbers, sorted; none for a phrase
     "Runs of five characters of the text's words, each as a number of 64 bits."
-    words = re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
+    words = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
     if len(words) <= PHRASE:
         return np.zeros(0, dtype=np.uint64)
     codes = np.frombuffer(" ".join(words).encode("utf-32-le"), dtype=np.uint32).astype(np.uint64)

@@ -237,12 +237,12 @@ def _draws(columns: list[np.ndarray], intervals: int, seed: int) -> tuple[np.nda
 
 
 def _rates(true: np.ndarray, guessed: np.ndarray, k: int, weights: np.ndarray) -> dict[str, np.ndarray]:
-    "For each of b weightings of the rows: precision, recall, f1 and support per label, shape (b, k); accuracy and f1_macro, shape (b,)."
+    "For each of b weightings of the rows: precision, recall, f1, support and claimed (rows that were given the label), shape (b, k); accuracy and f1_macro, shape (b,)."
     is_true, is_guess = np.eye(k)[true], np.eye(k + 1)[guessed][:, :k]
     support, claimed, hits = weights @ is_true, weights @ is_guess, weights @ (is_true * is_guess)
     f1 = 2 * hits / np.maximum(claimed + support, 1)
     return {
-        "precision": hits / np.maximum(claimed, 1), "recall": hits / np.maximum(support, 1), "f1": f1, "support": support,
+        "precision": hits / np.maximum(claimed, 1), "recall": hits / np.maximum(support, 1), "f1": f1, "support": support, "claimed": claimed,
         "accuracy": hits.sum(axis=1) / weights.sum(axis=1), "f1_macro": f1.sum(axis=1) / (claimed + support > 0).sum(axis=1),
     }
 
@@ -258,7 +258,7 @@ def evaluate(
     scored = scores.scored
     cells, weights = _draws([true, guessed], intervals, seed)
     rates = _rates(cells[:, 0], cells[:, 1], k, weights)
-    out = {"rows": float(len(scores)), "coverage": float(scored.mean())}
+    out = {"rows": float(len(scores)), "scored": float(scored.sum()), "coverage": float(scored.mean())}
     for key in ("accuracy", "f1_macro"):
         out[key] = float(rates[key][0])
         if intervals:
@@ -269,7 +269,7 @@ def evaluate(
         out |= {f"ms.p{q}": float(np.percentile(scores.ms, q, method="inverted_cdf")) for q in (50, 95)}  # a time that a row took
     out |= _held_back(scores)
     for n, label in enumerate(scores.labels):
-        out |= {f"{key}.{metric_name(label)}": float(rates[key][0, n]) for key in ("precision", "recall", "f1", "support")}
+        out |= {f"{key}.{metric_name(label)}": float(rates[key][0, n]) for key in ("precision", "recall", "f1", "support", "claimed")}
     return out
 
 
@@ -397,10 +397,15 @@ def _weighted(scores: Scores, metric: str) -> tuple[Statistic, np.ndarray]:
         bins[inside] = _bins(P)
         masks = [gap * (bins == n) for n in np.unique(bins[inside])]
         values[inside] = np.abs(gap[inside])
-        return lambda w: sum(np.abs(w @ m) for m in masks) / np.maximum(w @ inside, 1), values
+        return lambda w: _mean(sum(np.abs(w @ m) for m in masks), w @ inside), values
     values[inside] = _losses(true[inside], scores.P[inside])[kind]
     filled = np.nan_to_num(values)
-    return lambda w: w @ filled / np.maximum(w @ inside, 1), values
+    return lambda w: _mean(w @ filled, w @ inside), values
+
+
+def _mean(total: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    "NaN where no row was scored: 0 would be the best loss there is."
+    return np.divide(total, rows, out=np.full(len(rows), np.nan), where=rows > 0)
 
 
 def _column(scores: Scores, metric: str, label: str) -> int:
