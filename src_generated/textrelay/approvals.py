@@ -5,6 +5,8 @@
 # %% ../../nbs/lib/32_approvals.ipynb #bfbc3136
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import subprocess
 import tempfile
@@ -37,6 +39,7 @@ class Approval:
     made: datetime
     expires: datetime
     facts: dict[str, Any] = field(default_factory=dict)  # digests that it is about, too
+    key: str = ""           # fingerprint of the public key that signed it, as `ssh-keygen -l` shows it
     problem: str = ""       # why it does not count; '' if it does
 
 # %% auto #0
@@ -45,7 +48,7 @@ __all__ = ['APPROVALS', 'NAMESPACE', 'SKEW', 'KINDS', 'Approval', 'approve', 'ap
 # %% ../../nbs/lib/32_approvals.ipynb #89904a1a
 def approve(
     kind: str,                                # one of KINDS
-    subject: str,                             # commit, release ('sha256:…'), or id of the approval to revoke
+    subject: str,                             # commit, release ('sha256:…'), or id of the approval to revoke, or how that begins
     *,
     by: str,                                  # who: a principal in allowed_signers
     key: str | Path,                          # SSH key; a public one if its private half is in the agent
@@ -60,6 +63,8 @@ def approve(
         raise ValueError(f"approve {kind!r}: expected one of {', '.join(KINDS)}")
     if not reason.strip():
         raise ValueError("approve: say why with --reason; it is what others will read")
+    if kind == "revoke":
+        subject = _given(subject, allowed_signers, now)
     made = now or datetime.now(UTC)
     statement = json.dumps({
         "id": uuid.uuid4().hex[:12], "kind": kind, "subject": subject, "facts": dict(facts or {}), "by": by, "reason": reason.strip(),
@@ -71,7 +76,18 @@ def approve(
     if problem := _forged(statement, signed.stdout, by, allowed_signers):
         raise ValueError(f"{by}: {problem}; whoever may approve is listed in {allowed_signers}")
     store().create_run(experiment(APPROVALS), run_name=f"{kind} {subject[:19]}", tags={_STATEMENT: statement, _SIGNATURE: signed.stdout})
-    return _read(statement)
+    return _read(statement, signed.stdout)
+
+
+def _given(begins: str, allowed_signers: str | Path, now: datetime | None) -> str:
+    "The id of the one approval that is meant: a revocation of none would look like one, and the approval would still count."
+    known = {a.id: a for a in approvals(allowed_signers, now=now) if a.kind != "revoke"}
+    fits = [begins] if begins in known else [i for i in known if begins and i.startswith(begins)]
+    if len(fits) != 1:
+        shown = [known[i] for i in fits] or [a for a in known.values() if not a.problem]
+        listed = ", ".join(f"{a.id} ({a.kind} of {a.subject[:19]} by {a.by})" for a in shown) or "none"
+        raise ValueError(f"approve revoke {begins!r}: {len(fits) or 'no'} approvals have such an id; {'these do' if fits else 'those that count'}: {listed}")
+    return fits[0]
 
 
 def _forged(statement: str, signature: str, by: str, allowed_signers: str | Path) -> str:
@@ -86,11 +102,21 @@ def _forged(statement: str, signature: str, by: str, allowed_signers: str | Path
     return "" if done.returncode == 0 else "the signature is not by a key of that person, or the statement was changed"
 
 
-def _read(statement: str) -> Approval:
+def _fingerprint(signature: str) -> str:
+    "Of the public key in an SSH signature: 'SSHSIG', a version, then the key with its length (OpenSSH's PROTOCOL.sshsig); '' if there is none."
+    try:
+        content = base64.b64decode("".join(line for line in signature.splitlines() if not line.startswith("-----")))
+    except ValueError:
+        return ""
+    key = content[14 : 14 + int.from_bytes(content[10:14], "big")]
+    return "SHA256:" + base64.b64encode(hashlib.sha256(key).digest()).decode().rstrip("=") if key else ""
+
+
+def _read(statement: str, signature: str) -> Approval:
     value: dict[str, Any] = json.loads(statement)
     made, expires = (datetime.fromisoformat(value[k]) for k in ("made", "expires"))
     words: dict[str, Any] = {k: value[k] for k in ("id", "kind", "subject", "by", "reason", "facts")}
-    return Approval(made=made, expires=expires, **words)
+    return Approval(made=made, expires=expires, key=_fingerprint(signature), **words)
 
 # %% ../../nbs/lib/32_approvals.ipynb #b5e44436
 def approvals(
@@ -105,7 +131,7 @@ def approvals(
     for run in runs:
         statement, signature = run.data.tags.get(_STATEMENT, ""), run.data.tags.get(_SIGNATURE, "")
         try:
-            approval = _read(statement)
+            approval = _read(statement, signature)
         except (ValueError, KeyError, TypeError):
             continue  # not a statement at all
         found.append(_with(approval, problem=_forged(statement, signature, approval.by, allowed_signers)))
@@ -153,6 +179,10 @@ def require_two(
     promote: list[Approval],
     build: list[Approval],
 ) -> None:
-    "Raise Refused if one person alone gave all of both."
-    if len({a.by for a in [*promote, *build]}) < 2:
+    "Raise Refused if one person alone gave all of both, under whatever names and with whatever keys."
+    both = [*promote, *build]
+    one = {both[0].by, both[0].key}
+    for _ in both:  # who shares a name or a key with them is the same person; so often that chains of these end
+        one |= {x for a in both if one & {a.by, a.key} for x in (a.by, a.key)}
+    if all(a.by in one for a in both):
         raise Refused(f"{promote[0].by} approved both the build and its promotion; somebody else has to give one of them (or allow it with same_person: true)")

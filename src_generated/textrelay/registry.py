@@ -123,8 +123,8 @@ def journal(
     environment: str,  # such as staging or production
 ) -> str:              # registered model that holds the journal
     "Where the journal of an environment is kept."
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", environment) or environment in ("previous", "latest"):
-        raise ValueError(f"environment {environment!r}: use letters, digits, '-' and '_', and neither 'previous' nor 'latest'; for example 'staging'")
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", environment) or re.fullmatch(r"(?i:previous|latest|v\d+)", environment):  # the last two MLflow keeps for itself
+        raise ValueError(f"environment {environment!r}: use letters, digits, '-' and '_', and not 'previous', 'latest' or 'v1'; for example 'staging'")
     return f"{name}.{environment}"
 
 
@@ -310,7 +310,12 @@ def environments(
     name: str | None = None,     # only of this model
 ) -> list[tuple[str, str]]:      # model, environment
     "All that have a journal."
-    found = [json.loads(m.tags[JOURNAL]) for m in store().search_registered_models(max_results=1000) if JOURNAL in m.tags]
+    client, token = store(), None
+    found: list[list[str]] = []
+    while token != "":  # a server gives 1000 names at most at a time
+        page = client.search_registered_models(max_results=1000, page_token=token)
+        found += [json.loads(m.tags[JOURNAL]) for m in page if JOURNAL in m.tags]
+        token = page.token or ""
     return sorted((model, environment) for model, environment in found if name in (None, model))
 
 

@@ -42,11 +42,34 @@ def built_from(
     bundle: Bundle,       # of it
 ) -> dict[str, str]:      # digests of the parameters of each stage, and of the data
     "What an approval of its build must be about, beside the commit."
+    parts = {stage: _parts(run) for stage, run in _stages(entry).items()}
+    return {"data": str(read_json(bundle.path / "provenance.json")["dataset"]), **{stage: of.get("params", "unknown") for stage, of in parts.items()}}
+
+
+def _stages(entry: Entry) -> dict[str, Any]:
+    "MLflow runs of the stages that made it."
     client = store()
     wrap = client.get_run(entry.run_id)
-    runs = {s: client.get_run(wrap.data.params[s]) for s in ("train", "test") if s in wrap.data.params} | {"wrap": wrap}
-    parts = {stage: json.loads(run.data.tags.get(PARTS, "{}")) for stage, run in runs.items()}  # a stage that was run by hand has none: nothing can be about that
-    return {"data": str(read_json(bundle.path / "provenance.json")["dataset"]), **{stage: of.get("params", "unknown") for stage, of in parts.items()}}
+    return {s: client.get_run(wrap.data.params[s]) for s in ("train", "test") if s in wrap.data.params} | {"wrap": wrap}
+
+
+def _parts(run: Any) -> dict[str, str]:
+    "Parts of a stage's key. A stage that was run by hand has none: nothing can be about that."
+    return dict(json.loads(run.data.tags.get(PARTS, "{}")))
+
+
+def _made_otherwise(entry: Entry, commit: str) -> str:
+    "The bundle says of what commit it is; that must hold for what was trained and tested before it was made, too."
+    runs = _stages(entry)
+    code = _parts(runs["wrap"]).get("code")
+    for stage, run in runs.items():
+        what = f"{entry.release}: its {stage} stage (run {run.info.run_id}) ran"
+        if run.data.tags.get("textrelay.dirty") == "true":
+            return f"{what} on files that were not committed, so that no approval of a build is about it; commit and build again"
+        other = run.data.tags.get("textrelay.commit", "unknown")
+        if other != commit and (stage == "wrap" or code is None or _parts(run).get("code") != code):  # with the same code it is reused, see `cache`
+            return f"{what} at commit {other[:12]} with other code than that of {commit[:12]}, which an approval of the build is about; build again"
+    return ""
 
 
 def permit(
@@ -72,7 +95,7 @@ def permit(
     made = read_json(bundle.path / "provenance.json")
     if made["dirty"]:
         raise Refused(f"{entry.release} was built from files that were not committed, so that no approval of a build is about it; commit and build again")
-    if other := _other_champion(entry, run, environment):
+    if other := _made_otherwise(entry, made["commit"]) or _other_champion(entry, run, environment):
         raise Refused(other)
     promoted = require("promote", entry.release, allowed_signers, facts={"verdict": "PASS"}, now=now)
     built = require("build", made["commit"], allowed_signers, facts=built_from(entry, bundle), now=now)
@@ -112,6 +135,7 @@ def promote(
     entry = find_release(release, name)
     _heard(settle(entry.name, environment, decide=True, patience_s=patience_s))
     seen, where, wanted = history(entry.name, environment), open_target(target), dict(settings or {})
+    _nobody_elses(entry.name, environment, endpoint, target)
     bundle = bundle_of(entry)
     yes = permit(entry, environment, bundle, allowed_signers=allowed_signers, same_person=same_person, public_key=public_key, now=now)
     last, serving = in_force(seen), where.find(endpoint)
@@ -120,6 +144,20 @@ def promote(
         return last, serving
     change = claim(entry, environment, seen=seen, endpoint=endpoint, approvals=[a.id for a in yes], run_id=run_id, target=target, settings=wanted)
     return _carry_out(change, seen, bundle, where)
+
+
+def _nobody_elses(name: str, environment: str, endpoint: str, target: Any) -> None:
+    "Each environment has its own endpoint: what production serves must not change by a promotion to staging, which asks nobody."
+    for model, other in environments():
+        now = in_force(history(model, other)) if (model, other) != (name, environment) else None
+        if now and now.endpoint == endpoint and _places(now.target) & _places(target):
+            raise Refused(f"endpoint {endpoint} is that of {model}@{other}; name another one")
+
+
+def _places(target: Any) -> set[tuple[str, str]]:
+    "Where an endpoint's name means one endpoint: account and region; this machine has neither."
+    where = open_target(target)
+    return {(where.settings.account, region) for region in where.settings.regions} if isinstance(where, SageMakerTarget) else {("", "")}
 
 
 def _running(serving: Any) -> str | None:
@@ -165,8 +203,9 @@ def plan(
     settings: Mapping[str, Any] | None = None,
     approvals: Sequence[str] = (),               # ids
 ) -> list[Any]:                                  # `aws.Call`s in order; none for this machine
-    "The calls of a cloud's API that `promote` would make now; nothing is changed."
+    "The calls of a cloud's API that `promote` would make now; nothing is changed. Refused: the endpoint is another environment's."
     where = open_target(target)
+    _nobody_elses(entry.name, environment, endpoint, target)
     if not isinstance(where, SageMakerTarget):
         return []
     return where.plan(bundle_of(entry).path, endpoint, facts=_known(entry.version, environment, approvals), **(settings or {}))
@@ -189,11 +228,16 @@ def _undo(change: Change, before: Change | None, where: Any, why: str) -> None:
 
 def _restore(change: Change, before: Change | None, where: Any) -> None:
     "Let the target serve again what is in force, where a change has touched it."
-    serving = where.find(change.endpoint)
-    if before and before.endpoint == change.endpoint and _running(serving) != before.release:
-        _deploy(before, bundle_of(find_release(before.release, before.name)), where)
-    elif not before and serving and serving.release == change.release:
+    serving, there = where.find(change.endpoint), _there(change, before)
+    if there and _running(serving) != there.release:
+        _deploy(there, bundle_of(find_release(there.release, there.name)), where)
+    elif not there and serving and serving.release == change.release:  # nobody else's either, see `_nobody_elses`
         where.rollback(change.endpoint) if serving.previous else where.delete(change.endpoint)
+
+
+def _there(change: Change, before: Change | None) -> Change | None:
+    "What is in force, if it serves at the endpoint that a change is about."
+    return before if before and before.endpoint == change.endpoint and _places(before.target) & _places(change.target) else None
 
 
 def _heard(said: str) -> None:
@@ -212,7 +256,7 @@ def settle(
     changes = history(name, environment)
     if not changes or changes[-1].state != "open":
         return ""
-    change, before = changes[-1], in_force(changes)
+    change, before = changes[-1], _there(changes[-1], in_force(changes))
     what = f"{name}@{environment}: entry {change.number} ({change.how} of {change.release[:19]} by {change.by}, {change.made})"
     _heard(f"{what} is open; watching for up to {patience_s:g} s whether somebody is at it …")
     abandoned = is_abandoned(change, patience_s)
@@ -235,11 +279,11 @@ def settle(
     elif runs == wanted and (runs or not serving):
         done = close(change, "undone", f"was cut off before its release served; undone, as the target still serves {runs[:19] if runs else 'nothing'}")
     else:
-        problem = f"the target serves {runs[:19] if runs else 'nothing'}, neither this nor what is in force ({wanted[:19] if wanted else 'nothing'})"
+        problem = f"the target serves {runs[:19] if runs else 'nothing'}, neither this nor what is in force there ({wanted[:19] if wanted else 'nothing'})"
     if problem and decide:
         done = close(change, "undone", f"was cut off; {problem}")
     elif problem:
-        return f"{what} was cut off; {problem}. Put it right with: textrelay rollback {change.endpoint}"
+        return f"{what} was cut off; {problem}. " + (f"Put it right with: textrelay rollback {change.endpoint}" if before else "Promote again what shall be in force")
     mirror(name)
     return f"{what} {done.why}"
 
@@ -249,10 +293,17 @@ def find_environment(
 ) -> tuple[str, str] | None:        # model, environment
     "The environment that somebody means; None if no journal knows it."
     known = environments()
-    found = [e for e in known if what == "@".join(e)] or [e for e in known if any(c.endpoint == what for c in history(*e)[-1:])] or [e for e in known if e[0] == what]
+    found = [e for e in known if what == "@".join(e)] or _with_endpoint(known, what) or [e for e in known if e[0] == what]
     if len(found) > 1:
         raise ValueError(f"{what!r} may be {' or '.join('@'.join(e) for e in found)}; say which")
     return found[0] if found else None
+
+
+def _with_endpoint(known: Sequence[tuple[str, str]], endpoint: str) -> list[tuple[str, str]]:
+    "Those that serve there; else those of which it was tried last. A promotion that failed elsewhere does not hide where what is in force serves."
+    seen = {e: history(*e) for e in known}
+    serving = [e for e, changes in seen.items() if (now := in_force(changes)) and now.endpoint == endpoint]
+    return serving or [e for e, changes in seen.items() if any(c.endpoint == endpoint for c in changes[-1:])]
 
 
 def rollback(
