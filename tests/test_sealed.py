@@ -173,7 +173,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, server: Server) -> Iterat
         (place / "run.log").write_text(textrelay(folder, "run", "params/sealed.yaml"))
         yield folder
     finally:
-        LocalTarget().delete("sealed")
+        for served in LocalTarget().endpoints():
+            LocalTarget().delete(served.name)
         os.environ.clear()
         os.environ.update(before)
 
@@ -238,7 +239,8 @@ def test_verified_by_a_stranger_in_an_environment_of_nothing_but_the_bundle(chec
 @pytest.mark.soak
 def test_production_takes_only_what_is_signed_and_approved_by_two(checkout: Path) -> None:
     run = [line.split()[1].rstrip(":") for line in (checkout.parent / "run.log").read_text().splitlines() if line.startswith("chain ")][0]
-    said = textrelay(checkout, "run", "params/sealed.yaml", "--stage", "deploy", "--from", run, "--set", "deploy.alias=production", code=3)
+    settings: tuple[str, ...] = ("--set", "deploy.alias=production", "--set", "deploy.endpoint=sealed-production")
+    said = textrelay(checkout, "run", "params/sealed.yaml", "--stage", "deploy", "--from", run, *settings, code=3)
     assert "allowed_signers" in said
     place, release, head = checkout.parent, endpoint().release, git(checkout, "rev-parse", "HEAD")
     for who in ("ann", "bob"):
@@ -249,7 +251,7 @@ def test_production_takes_only_what_is_signed_and_approved_by_two(checkout: Path
         who_and_why = ("--by", f"{who}@acme.example", "--key", str(place / who), "--allowed-signers", str(place / "signers"), "--reason", "read it")
         textrelay(checkout, "approve", *words, *who_and_why)
 
-    settings = ("--set", "deploy.alias=production", "--set", f"deploy.allowed_signers={place}/signers")
+    settings = (*settings, "--set", f"deploy.allowed_signers={place}/signers")
     assert "no approval to promote" in textrelay(checkout, "run", "params/sealed.yaml", "--stage", "deploy", "--from", run, *settings, code=3)
     approve("ann", "promote", release)
     assert "no approval to build" in textrelay(checkout, "run", "params/sealed.yaml", "--stage", "deploy", "--from", run, *settings, code=3)
