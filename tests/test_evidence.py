@@ -47,7 +47,8 @@ def stage_run(folder: Path, stage: str, number: str, params: dict[str, str], res
     from textrelay.exchange import experiment, store
 
     client = store()
-    told = {"stage": stage, "notebook": f"nbs/stages/{stage}.ipynb", "commit": COMMITS[number], "dirty": "false", "verdict": "PASS", **tags}
+    told = {"stage": stage, "notebook": f"nbs/stages/{stage}.ipynb", "key_of": f'{{"params": "sha256:{stage}"}}',
+            "commit": COMMITS[number], "dirty": "false", "verdict": "PASS", **tags}
     run_id = str(client.create_run(experiment(), tags={"mlflow.user": "robin", **{f"textrelay.{k}": v for k, v in told.items()}}).info.run_id)
     for name, value in params.items():
         client.log_param(run_id, name, value)
@@ -100,7 +101,9 @@ def releases(state: Path, tiny_bundle: Path) -> dict[str, str]:
         wrap = stage_run(folder, "wrap", number, {"train": train, "test": test, "gates": f"rules of {number}"},
                          {"why": "PASS         f1_macro: as good", "engine": "torch"}, files, found=judged)
         seal(bundle, version=number, run_id=wrap, commit=COMMITS[number])
-        logged = log_model(bundle, "sealed", registered_model_name="reply-intent")
+        with pytest.MonkeyPatch.context() as kernel:
+            kernel.setenv("MLFLOW_RUN_ID", wrap)  # as in the stage's kernel: the version is of that run
+            logged = log_model(bundle, "sealed", registered_model_name="reply-intent")
         found[number] = register("reply-intent", str(logged.registered_model_version), read_json(bundle / "release.json")["release"]).release
         change = claim(entries("reply-intent")[0], "staging", seen=history("reply-intent", "staging"), endpoint="replies-staging")
         close(change, "in force")
@@ -112,13 +115,18 @@ def releases(state: Path, tiny_bundle: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def approved(state: Path, releases: dict[str, str]) -> None:
     from textrelay.approvals import approve
+    from textrelay.evidence import Release
 
     for who in ("ann", "bob"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(state / who)], check=True)
     signers = state / "signers"
     signers.write_text("".join(f'{who}@acme.example namespaces="textrelay" {(state / f"{who}.pub").read_text()}' for who in ("ann", "bob")))
-    approve("build", COMMITS["2"], by="ann@acme.example", key=state / "ann", reason="reviewed & read", allowed_signers=signers)
-    yes = approve("promote", releases["2"], by="bob@acme.example", key=state / "bob", reason="better <everywhere>", allowed_signers=signers)
+    built = {"data": Release.find(releases["2"]).origin["dataset"], **{stage: f"sha256:{stage}" for stage in ("train", "test", "wrap")}}
+    approve("build", COMMITS["2"], by="ann@acme.example", key=state / "ann", reason="reviewed & read", allowed_signers=signers, facts=built)
+    other = {**built, "data": "sha256:other", "train": "sha256:other"}
+    approve("build", COMMITS["2"], by="bob@acme.example", key=state / "bob", reason="the same commit on other data", allowed_signers=signers, facts=other)
+    approve("promote", releases["2"], by="bob@acme.example", key=state / "bob", reason="not judged yet", allowed_signers=signers)
+    yes = approve("promote", releases["2"], by="bob@acme.example", key=state / "bob", reason="better <everywhere>", allowed_signers=signers, facts={"verdict": "PASS"})
     approve("revoke", yes.id, by="ann@acme.example", key=state / "ann", reason="too early", allowed_signers=signers)
 
 
@@ -175,8 +183,11 @@ def test_the_page_is_complete(page: Path, releases: dict[str, str]) -> None:
     assert "suppressed: automatic:bounce" in seen["filters"] and "4.4 %" in seen["filters"] and "75 %" in seen["filters"]
     assert "replies@2" in seen["lineage"] and seen["lineage"].count("robin") == 4
     assert "revoked by ann@acme.example: too early" in seen["approvals"] and "better <everywhere>" in seen["approvals"] and "reviewed & read" in seen["approvals"]
+    for reason, counts in {"reviewed & read": "yes", "on other data": "is about other data, train", "not judged yet": "is about other verdict"}.items():
+        assert next(line for line in seen["approvals"].splitlines() if reason in line).endswith(f"UTC {counts}"), seen["approvals"]
+    assert re.search(r"Approved by\s+ann@acme.example \(build\)\s+Signature", seen["summary"]), "only what counts"
     assert "replies-staging" in seen["deployments"] and "acme-1-py3-none-any.whl" in seen["digests"] and "golden.jsonl" in seen["digests"]
-    assert "textrelay verify models:/reply-intent/2" in seen["verify"]
+    assert "textrelay verify models:/reply-intent/2" in seen["verify"] and f"textrelay evidence {releases['2'][7:19]} page.html" in seen["verify"]
     assert all(f"The {stage} report" in seen["notebooks"] and f"{stage} <printed> 2" in seen["notebooks"] for stage in ("train", "test", "wrap", "deploy"))
 
 
@@ -200,6 +211,26 @@ def test_mlflow_keeps_the_page_and_the_first_release_has_nothing_to_compare_with
     assert first["before"] is None and first["changes"] is None and first["rival"] is None
     assert write_page(releases["1"], state / "first.html") and "the first release" in (state / "first.html").read_text()
     assert store().get_run(Release.find(releases["1"]).steps["wrap"].run_id)
+
+
+def test_a_champion_that_was_deleted_and_a_run_by_hand_are_no_error(state: Path, releases: dict[str, str]) -> None:
+    from textrelay.cache import FOUND
+    from textrelay.evidence import Release, evidence, page
+    from textrelay.exchange import store
+
+    gone, client = "sha256:" + "0" * 64, store()
+    for number, before in (("1", None), ("2", releases["1"])):
+        wrap = Release.find(releases[number]).steps["wrap"]
+        client.set_tag(wrap.run_id, FOUND, f'{{"champion": "{gone}"}}')
+        for tag in ("notebook", "key_of"):
+            client.delete_tag(wrap.run_id, f"textrelay.{tag}")
+        facts = evidence(releases[number])
+        seen = Seen(page(facts)).sections
+        for tag in ("notebook", "key_of"):
+            client.set_tag(wrap.run_id, f"textrelay.{tag}", wrap.tags[f"textrelay.{tag}"])
+        client.set_tag(wrap.run_id, FOUND, wrap.tags[FOUND])
+        assert (facts["before"] and facts["before"].digest) == before and f"it was judged against {gone}, whose versions were deleted" in seen["summary"]
+        assert "by hand" in seen["lineage"] and "the first release" not in seen["summary"] + seen["changes"]
 
 
 def test_a_release_that_is_not_there(state: Path, releases: dict[str, str]) -> None:

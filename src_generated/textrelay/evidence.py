@@ -11,7 +11,7 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from .exchange import consume, load_dataset, store, unreachable
 from .flavor import model_folder
 from .metrics import PAIRED, Scores, compare, evaluate, mcnemar, metric_name, read_scores
 from .registry import Change, entries, environments, find_release, history, in_force
+from .releases import built_from
+from .worker import read_bundle
 
 # %% auto #0
 __all__ = ['PAGE', 'STYLE', 'TEMPLATE', 'Step', 'read_step', 'Release', 'library_cells', 'stage_cells', 'differences',
@@ -109,12 +111,18 @@ class Release:
         return dict(read_json(self.bundle / "provenance.json"))
 
     def before(self) -> Release | None:
-        "The release that it was judged against; without a champion the version before it; None for the first one."
+        "The release that it was judged against; if there was none, or it was deleted, the version before it; None for the first one."
+        registered = entries(self.name)
+        older = [e.release for e in registered if int(e.version) < int(self.versions[0])]
+        known = [r for r in (self.champion, *older) if r != self.digest and r in {e.release for e in registered}]
+        return Release.find(known[0]) if known else None
+
+    @property
+    def champion(self) -> str:
+        "Digest of the release that it was judged against, '' without one; nobody says that it is still there."
         wrap = self.steps.get("wrap")
-        champion = json.loads(wrap.tags.get(FOUND, "{}")).get("champion", "none") if wrap else "none"
-        older = [e.release for e in entries(self.name) if int(e.version) < int(self.versions[0])]
-        other = champion if champion not in ("none", self.digest) else next((r for r in older if r != self.digest), None)
-        return Release.find(other) if other else None
+        found = json.loads(wrap.tags.get(FOUND, "{}")).get("champion", "none") if wrap else "none"
+        return "" if found == "none" else str(found)
 
 
 def _deployments(wrap: Step | None) -> list[Step]:
@@ -224,7 +232,7 @@ def measured(
     for name in (n for n in names if n in ours):
         gain: dict[str, float] = {}
         if rival and name in theirs and name.partition(".")[0] in PAIRED:
-            gain = compare(scores, rival, name)
+            gain = {k: v for k, v in compare(scores, rival, name).items() if v == v}  # NaN: too few rows were scored for an interval
         bounds = {"low": ours.get(f"{name}.low"), "high": ours.get(f"{name}.high")}
         champion = {"champion": theirs.get(name), "champion_low": theirs.get(f"{name}.low"), "champion_high": theirs.get(f"{name}.high")}
         rows.append({"name": name, "value": ours[name], **bounds, **champion, "difference": gain.get("difference"), "gain_low": gain.get("low"), "gain_high": gain.get("high")})
@@ -332,7 +340,7 @@ TEMPLATE = """<!doctype html>
 <tr><th>In force</th><td>{{ environments|join(", ") or "nowhere now" }}</td></tr>
 <tr><th>Commit</th><td><span class="id">{{ origin.commit }}</span>{{ " (tag " ~ origin.tag ~ ")" if origin.tag }}{% if origin.dirty %} <span class="tag FAIL">with changes that were not committed</span>{% endif %}</td></tr>
 <tr><th>Data</th><td>{{ data.reference or "unknown" }}, <span class="id">{{ data.digest }}</span></td></tr>
-<tr><th>Replaces</th><td>{% if before %}version {{ before.versions|join(", ") }}, <span class="id">{{ before.digest }}</span>{% else %}nothing: the first release of this model{% endif %}</td></tr>
+<tr><th>Replaces</th><td>{% if before %}version {{ before.versions|join(", ") }}, <span class="id">{{ before.digest }}</span>{% elif not lost %}nothing: the first release of this model{% endif %}{% if lost %}{{ "; " if before }}it was judged against <span class="id">{{ lost }}</span>, whose versions were deleted{% endif %}</td></tr>
 <tr><th>Approved by</th><td>{% for a in approvals if not a.problem and a.kind != "revoke" %}{{ a.by }} ({{ a.kind }}){{ ", " if not loop.last }}{% else %}{{ "nobody" if signers else "nobody was asked: no file of those who may approve is named" }}{% endfor %}</td></tr>
 <tr><th>Signature</th><td>{% if facts.signature %}signed; digest of the signature <span class="id">{{ facts.signature }}</span>{% else %}<span class="tag INCONCLUSIVE">unsigned</span>{% endif %}</td></tr>
 </table>
@@ -384,7 +392,7 @@ Right where the other is wrong: this release {{ paired.only_a|int }} rows, the c
 <p>{% if data.digest == old_data.digest %}The same data set.{% else %}{{ old_data.reference }} (<span class="id">{{ old_data.digest }}</span>) → {{ data.reference }} (<span class="id">{{ data.digest }}</span>): {{ data.added }} different rows were added, {{ data.gone }} are gone.{% endif %}</p>
 <h3>Public packages that it is served with</h3>
 {{ differ(changes.packages, "package") }}
-{% else %}<p>Nothing to compare with: this is the first release.</p>{% endif %}
+{% else %}<p>Nothing to compare with: {{ "what it was judged against was deleted" if lost else "this is the first release" }}.</p>{% endif %}
 </section>
 
 <section id="filters">
@@ -407,13 +415,13 @@ Right where the other is wrong: this release {{ paired.only_a|int }} rows, the c
 <li><b>endpoint</b>{% for e in deployments|map(attribute="result")|map(attribute="endpoint")|unique %}{{ e }}<br>{% else %}none yet{% endfor %}</li>
 </ol>
 <table><thead><tr><th>stage</th><th>run</th><th>started</th><th>by</th><th>notebook and commit</th><th>state</th></tr></thead>
-{% for s in steps + deployments %}<tr><td>{{ s.stage }}</td><td>{{ runs(s) }}</td><td>{{ s.started|day }}</td><td>{{ s.by or "unknown" }}</td><td>{{ s.tags["textrelay.notebook"] }}<br><span class="id">{{ s.tags["textrelay.commit"] }}</span>{{ " (with uncommitted changes)" if s.tags["textrelay.dirty"] == "true" }}</td><td class="{{ s.status }}">{{ s.status|lower }}</td></tr>
+{% for s in steps + deployments %}<tr><td>{{ s.stage }}</td><td>{{ runs(s) }}</td><td>{{ s.started|day }}</td><td>{{ s.by or "unknown" }}</td><td>{{ s.tags.get("textrelay.notebook", "by hand") }}<br><span class="id">{{ s.tags.get("textrelay.commit", "unknown") }}</span>{{ " (with uncommitted changes)" if s.tags.get("textrelay.dirty") == "true" }}</td><td class="{{ s.status }}">{{ s.status|lower }}</td></tr>
 {% endfor %}</table>
 {% if data.counts %}<h3>Rows of the data set</h3>
 <table><thead><tr><th>label</th>{% for part in data.counts %}<th class="n">{{ part }}</th>{% endfor %}</tr></thead>
 {% for label in data.counts.train %}<tr><td>{{ label }}</td>{% for part in data.counts %}<td class="n">{{ data.counts[part].get(label, 0) }}</td>{% endfor %}</tr>
 {% endfor %}<tr><th>all</th>{% for part in data.counts %}<td class="n">{{ data.counts[part].values()|sum }}</td>{% endfor %}</tr></table>
-{% for s in steps if s.stage == "train" and s.params.rows not in ("null", "") %}<p>Trained on a part of the training rows (train.rows: {{ s.params.rows }}).</p>{% endfor %}{% endif %}
+{% for s in steps if s.stage == "train" and s.params.get("rows", "null") not in ("null", "") %}<p>Trained on a part of the training rows (train.rows: {{ s.params.rows }}).</p>{% endfor %}{% endif %}
 <details><summary>All parameters</summary><table>{% for s in steps + deployments %}{% for name, value in s.params|dictsort %}<tr><td class="id">{{ s.stage }}.{{ name }}</td><td class="id">{{ value }}</td></tr>
 {% endfor %}{% endfor %}</table></details>
 </section>
@@ -463,13 +471,13 @@ Right where the other is wrong: this release {{ paired.only_a|int }} rows, the c
 textrelay log                                    # who approved, promoted and rolled back what
 textrelay status {{ release.name }}                    # what is in force where
 git show {{ origin.commit }}         # the code</pre>
-<p>The release is the SHA-256 of the canonical JSON of <code>manifest.json</code> (file → SHA-256); one byte changed in any file gives another release. This page lies in the tracking store as <code>runs:/{{ facts.run_id }}/{{ page_name }}</code>; <code>textrelay evidence {{ release.digest[7:19] }}</code> writes it anew.</p>
+<p>The release is the SHA-256 of the canonical JSON of <code>manifest.json</code> (file → SHA-256); one byte changed in any file gives another release. This page lies in the tracking store as <code>runs:/{{ facts.run_id }}/{{ page_name }}</code>; <code>textrelay evidence {{ release.digest[7:19] }} page.html</code> writes it anew.</p>
 </section>
 
 <section id="notebooks">
 <h2>Executed notebooks</h2>
 <p>As they ran, with all that they showed; the code is folded.</p>
-{% for step, html in notebooks %}<details><summary><b>{{ step.tags["textrelay.notebook"] }}</b>, {{ step.started|day }}, run {{ runs(step) }}</summary><article>{{ html|safe }}</article></details>
+{% for step, html in notebooks %}<details><summary><b>{{ step.tags.get("textrelay.notebook", "by hand") }}</b>, {{ step.started|day }}, run {{ runs(step) }}</summary><article>{{ html|safe }}</article></details>
 {% endfor %}
 </section>
 </body>
@@ -495,7 +503,7 @@ def evidence(
     return {
         "release": release, "made": datetime.now(UTC), "origin": release.origin, "facts": {"signature": None, **read_json(release.bundle / "release.json")},
         "files": read_json(release.bundle / "manifest.json"), "steps": [*release.steps.values()], "environments": [e for name, e in environments(release.name) if (now := in_force(history(name, e))) and now.release == release.digest],
-        "moves": _moves(release), "before": before,
+        "moves": _moves(release), "before": before, "lost": "" if release.champion in {"", *(e.release for e in entries(release.name))} else release.champion,
         "changes": changes_between(before, release) if before else None, "data": data, "old_data": old, "deployments": release.deployments,
         "checks": {s.stage: [_check(line) for line in s.result.get("why", "").splitlines()] for s in release.steps.values() if s.result.get("why")},
         "measured": measured(scores, rival) if scores else [], "rows": len(scores) if scores else 0, "paired": mcnemar(scores, rival) if scores and rival else None,
@@ -522,9 +530,31 @@ def _check(line: str) -> dict[str, str]:
 
 
 def _about(release: Release, signers: Path) -> list[Approval]:
-    given = approvals(signers)
-    mine = [a for a in given if a.subject in (release.digest, release.origin.get("commit"))]
-    return [a for a in given if a in mine or a.subject in {m.id for m in mine}]
+    "Approvals of this release and of its build, and what revokes them; those count that `releases.permit` would count."
+    asked = {("promote", release.digest): {"verdict": "PASS"}, ("build", release.origin.get("commit")): _built(release)}
+    given = [replace(a, problem=a.problem or _other(a, asked[a.kind, a.subject])) if (a.kind, a.subject) in asked else a for a in approvals(signers)]
+    mine = {a.id for a in given if (a.kind, a.subject) in asked}
+    return [a for a in given if (a.kind, a.subject) in asked or (a.kind == "revoke" and a.subject in mine)]
+
+
+def _built(release: Release) -> dict[str, str] | None:
+    "What an approval of its build must be about; None: its runs were deleted."
+    from mlflow.exceptions import MlflowException
+
+    try:
+        facts = built_from(find_release(release.digest, release.name), read_bundle(release.bundle, verify=False))
+    except MlflowException as e:
+        if problem := unreachable():
+            raise ConnectionError(problem) from e
+        return None
+    return facts | ({"files": "not committed"} if release.origin.get("dirty") else {})  # no approval is about those
+
+
+def _other(approval: Approval, facts: Mapping[str, str] | None) -> str:
+    if facts is None:
+        return "nobody can tell whether it is about this build: its runs were deleted"
+    other = [k for k, v in facts.items() if approval.facts.get(k) != v]
+    return "is about other " + ", ".join(other) if other else ""
 
 # %% ../../nbs/lib/58_evidence.ipynb #e0d6ea93
 def page(
