@@ -129,6 +129,7 @@ def test_two_regions(aws, settings, bundles):
     "Deployed, asked by boto3, promoted, rolled back to the very digest; every call was in the dry run's list and the role's document."
     target, name = SageMakerTarget(settings), "reply-intent"
     one, two = release(bundles["one"]), release(bundles["two"])
+    known = [*target.plan(bundles["one"], name, facts={"version": "1"}), *target.later(name)]  # what the policy is made of that was printed for the new endpoint
     expected = [row["expected"] for row in read_table(bundles["one"] / "golden.jsonl")]
     for bundle, facts in ((bundles["one"], {"version": "1"}), (bundles["two"], {"version": "2", "approvals": "a b"})):
         plan = target.plan(bundle, name, facts=facts)
@@ -138,8 +139,9 @@ def test_two_regions(aws, settings, bundles):
         assert made == planned, (made - planned, planned - made)
         changes = [c for c in heard.calls if not c[1].startswith(READS) and c[1] != "InvokeEndpoint"]
         assert changes == [(c.service, c.operation) for c in plan if c.changes and not c.if_it_fails and c.operation != "InvokeEndpoint"]
-        allowed = {a for s in role_policy(plan, settings.account)["Statement"] for a in s["Action"]}
-        assert allowed == {a for c in plan for a in actions(c)}
+        allowed = {a for s in role_policy([*plan, *target.later(name)], settings.account)["Statement"] for a in s["Action"]}
+        assert {a for c in plan for a in actions(c)} < allowed == {a for c in [*plan, *target.later(name)] for a in actions(c)}
+        assert {"sagemaker:ListModels", "sagemaker:DeleteModel", "sagemaker:DeleteEndpointConfig", "sagemaker:UpdateEndpointWeightsAndCapacities"} <= allowed
         assert done.release == release(bundle) and set(done.regions) == set(REGIONS) and done.status == "running" and not done.drift
         for region in REGIONS:
             for text, wanted in zip(TEXTS[:6], expected, strict=True):
@@ -149,6 +151,7 @@ def test_two_regions(aws, settings, bundles):
     assert target.status(name)["previous"]["release"] == one and [e.name for e in target.endpoints()] == [name]
     back = target.rollback(name)
     assert back.release == one and running(name) == [one, one] and back.drift == [] == target.status(name)["drift"]
+    assert role_policy([*known, *(c for c in target.aws.calls if c.operation != "ListEndpoints")], settings.account) == role_policy(known, settings.account)
 
 
 @pytest.mark.soak
@@ -201,13 +204,14 @@ class Users:
 def test_shadow_and_candidate(aws, settings, bundles, state, tmp_path):
     "A planted regression is seen by a shadow run; a candidate gets its share, then all, and is rolled back."
     target, name, wrong = SageMakerTarget(settings), "variants", sealed(tmp_path, "wrong", "3", [*LABELS[1:], LABELS[0]])
+    known = [*target.plan(bundles["one"], name), *target.later(name)]  # what the printed policy is made of
     target.deploy(bundles["one"], name)
     watched = target.deploy(wrong, name, shadow=True)
     assert watched.shadow["facts"]["release"] == release(wrong) and watched.release == release(bundles["one"]) and not target.status(name)["drift"]
     for n, text in enumerate(TEXTS[:6] * 10):
         ask(REGIONS[n % 2], name, text)
     time.sleep(2)
-    found = compare_variants(read_capture(target.captured(name)), latency_ms=target.latency(name))
+    found = compare_variants(read_capture(SageMakerTarget(settings).captured(name)), latency_ms=SageMakerTarget(settings).latency(name))
     assert found.pairs >= 60 and found.flips.low > 0.5 and set(found.latency_ms) == {"current", "shadow"}, str(found)
     tried = target.deploy(bundles["two"], name, share=0.2)
     assert tried.shadow is None and tried.candidate == {"share": 0.2, "facts": {"release": release(bundles["two"])}} and tried.release == release(bundles["one"])
@@ -218,10 +222,17 @@ def test_shadow_and_candidate(aws, settings, bundles, state, tmp_path):
         EndpointName=name, DesiredWeightsAndCapacities=[{"VariantName": "candidate", "DesiredWeight": 0.1}])
     boto3.client("sagemaker", region_name=REGIONS[1]).get_waiter("endpoint_in_service").wait(EndpointName=name, WaiterConfig={"Delay": 1})
     assert any("us-east-1: variant 'candidate' has weight 0.1" in d for d in target.status(name)["drift"])
+    hand, good = boto3.client("sagemaker", region_name=REGIONS[1]), target.status(name)["regions"][REGIONS[1]]["good"]
+    plain = next(c["EndpointConfigName"] for c in hand.list_endpoint_configs(NameContains=name)["EndpointConfigs"] if c["EndpointConfigName"] != good)
+    hand.update_endpoint(EndpointName=name, EndpointConfigName=plain)
+    hand.get_waiter("endpoint_in_service").wait(EndpointName=name, WaiterConfig={"Delay": 1})
+    again = target.rollback(name)
+    assert again.candidate == {"share": 0.6, "facts": {"release": release(bundles["two"])}} and not target.status(name)["drift"], target.status(name)
     won = target.shift(name, 1)
     assert won.release == release(bundles["two"]) and won.candidate is None and running(name) == [won.release] * 2
     assert target.rollback(name).release == release(bundles["one"]) and running(name) == [release(bundles["one"])] * 2
     target.delete(name)
+    assert role_policy([*known, *target.aws.calls], settings.account) == role_policy(known, settings.account)
     assert name not in [e.name for e in target.endpoints()]
     assert not boto3.client("sagemaker", region_name=REGIONS[0]).list_models(NameContains=name)["Models"]
 
@@ -374,3 +385,4 @@ def test_faults(aws, settings, bundles, monkeypatch, what):
     elif said:
         assert "it serves in all regions, but that could not be written down" in said
     assert target.deploy(new, name).release == two and running(name) == [two, two] and not target.status(name)["drift"]
+    assert target.rollback(name).release == one and running(name) == [one, one] and not target.status(name)["drift"]

@@ -182,7 +182,7 @@ _where = click.option("--params", type=click.Path(exists=True, dir_okay=False), 
 @click.option("--capture", type=click.FloatRange(0, 1), help="Share of the endpoint's requests to record (default: as it was; at first 0).")
 @_where
 @click.option("--dry-run", is_flag=True, help="SageMaker: print the exact calls of AWS's API, and change nothing.")
-@click.option("--role-policy", is_flag=True, help="SageMaker: print the IAM policy that allows these calls and no others, and change nothing.")
+@click.option("--role-policy", is_flag=True, help="SageMaker: print the IAM policy for these calls, later updates, rollbacks and tidying; change nothing.")
 @_json
 def deploy(
     bundle: str, name: str, port: int | None, share: float, shadow: bool, capture: float | None, params: str | None, dry_run: bool, role_policy: bool, as_json: bool
@@ -201,7 +201,7 @@ def deploy(
     if role_policy:
         from textrelay.aws import role_policy as document
 
-        return _say(document(calls, place.settings.account), True, "")
+        return _say(document([*calls, *place.later(name)], place.settings.account), True, "")
     _say([vars(c) for c in calls], as_json, "\n".join(map(str, calls)))
 
 

@@ -232,6 +232,10 @@ class Region:
                     return "missing"
                 raise
 
+    def arn(self, kind: str, name: str) -> str:
+        "ARN of an endpoint, endpoint-config or model."
+        return f"arn:{self.settings.role.split(':')[1]}:sagemaker:{self.region}:{self.settings.account}:{kind}/{name.lower()}"
+
     def facts(
         self,
         thing: str,                    # name of a configuration or model
@@ -240,10 +244,9 @@ class Region:
         "What is known of the release that a configuration runs, or that a model is."
         from botocore.exceptions import ClientError
 
-        arn = f"arn:{self.settings.role.split(':')[1]}:sagemaker:{self.region}:{self.settings.account}:{kind}/{thing.lower()}"
         with explained(self.region):
             try:
-                return read_tags(self._client("sagemaker").list_tags(ResourceArn=arn)["Tags"])
+                return read_tags(self._client("sagemaker").list_tags(ResourceArn=self.arn(kind, thing))["Tags"])
             except ClientError as e:
                 if is_missing(e):
                     return {}
@@ -458,7 +461,7 @@ class Region:
             stay, old = [*keep, *others[:spare]], others[spare:]
             used = {m for c in stay for m in self.models(c).values()} if old else set()
             pages = client.get_paginator("list_models").paginate(NameContains=name)
-            models = [m for page in pages for m in (i["ModelName"] for i in page["Models"]) if mine.fullmatch(m) and m not in used] if old else []
+            models = [m for page in pages for m in (i["ModelName"] for i in page["Models"]) if mine.fullmatch(m) and m not in used] if old or not keep else []
             for config in old:
                 client.delete_endpoint_config(EndpointConfigName=config)
             for model in models:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from .aws import Aws, Call, explained
 from .core import home
-from .hosting import VARIANTS, Settings, archive, check_endpoint_name
+from .hosting import VARIANTS, Settings, alarm_requests, archive, check_endpoint_name
 from .region import MOVING, Region, State
 from .targets import LocalTarget, deployable
 from .worker import FACTS, check_golden, write_release
@@ -130,6 +130,27 @@ class SageMakerTarget:
         dry._take_back(*dry._begun)
         return dry.aws.calls
 
+    def later(
+        self,
+        name: str,       # of the endpoint
+    ) -> list[Call]:     # with names of the form that the code makes
+        "The calls that no dry run shows yet, but that its endpoint's next updates, tidying, `shift`, `rollback` and `delete` make."
+        made, found = f"{name}-{'0' * 12}-{'0' * 8}", []
+        for region in self.regions:
+            names = [a["AlarmName"] for a in alarm_requests(self.settings, name, ["current", "candidate"])]
+            endpoint, config, model = {"EndpointName": name}, {"EndpointConfigName": made}, {"ModelName": made}
+            asked: dict[str, list[tuple[str, dict[str, Any]]]] = {
+                "sagemaker": [
+                    ("DescribeEndpoint", endpoint), ("UpdateEndpoint", {**endpoint, **config}), ("UpdateEndpointWeightsAndCapacities", endpoint),
+                    ("DeleteEndpoint", endpoint), ("ListEndpointConfigs", {}), ("DescribeEndpointConfig", config), ("DeleteEndpointConfig", config),
+                    ("ListModels", {}), ("DeleteModel", model), *(("ListTags", {"ResourceArn": region.arn(k, n)}) for k, n in (
+                        ("endpoint", name), ("endpoint-config", made), ("model", made)))],
+                "sagemaker-runtime": [("InvokeEndpoint", endpoint)],
+                "cloudwatch": [
+                    ("DescribeAlarms", {"AlarmNames": names}), ("DeleteAlarms", {"AlarmNames": names}), *(("PutMetricAlarm", {"AlarmName": n}) for n in names)]}
+            found += [Call(region.region, service, operation, params) for service, calls in asked.items() for operation, params in calls]
+        return found
+
     def shift(
         self,
         name: str,     # of an endpoint with a candidate
@@ -143,7 +164,10 @@ class SageMakerTarget:
             if "candidate" not in s.variants and not (s.shadow and share == 0):
                 raise ValueError(f"{s.region}: endpoint {name!r} has no candidate; deploy one with a share below 1")
         if 0 < share < 1:
-            self._everywhere(name, before, lambda r: r.shift(name, share), f"share {share:g}", back=lambda r: r.shift(name, float(before[r.region].tags["share"])))
+            def back(region: Region) -> None:  # to what it was, whoever gave it that
+                region.shift(name, before[region.region].variants["candidate"]["weight"])
+
+            self._everywhere(name, before, lambda r: r.shift(name, share), f"share {share:g}", back)
             return self._finish(name, {r: Wanted(str(s.config), s.facts, s.tags.get("previous", ""), str(share)) for r, s in before.items()})
         wanted: dict[str, Wanted] = {}
         for region in self.regions:
@@ -174,18 +198,26 @@ class SageMakerTarget:
         facts = {r.region: r.facts(str(wanted[r.region])) for r in self.regions}
         if gone := [f"{r}: {wanted[r]}" for r, f in facts.items() if not f]:
             raise RuntimeError(f"endpoint {name!r}: the configuration to return to was deleted ({'; '.join(gone)}); deploy its release again")
+        if len({f.get("release") for f in facts.values()}) > 1:
+            there = "; ".join(f"{r}: {str(f.get('release'))[:19]}" for r, f in facts.items())
+            raise ValueError(f"endpoint {name!r}: regions would return to different releases ({there}); nothing was changed: deploy the one that you want")
+
+        # the tags know what `shift` made of the share that a configuration begins with
+        share = {r: s.tags.get("share") or facts[r].get("share", "") if facts[r].get("candidate") else "" for r, s in before.items()}
 
         def switch(region: Region) -> None:
-            config, state = str(wanted[region.region]), before[region.region]
+            config, state, wish = str(wanted[region.region]), before[region.region], share[region.region]
             if state.config != config:
                 region.switch(name, config, state, (), facts=facts[region.region], guarded=False)
-            found = region.ask(name, ["hello"])["model"].get("release")
+                if wish != facts[region.region].get("share", ""):
+                    region.shift(name, float(wish))
+            found = region.ask(name, ["hello"], "current" if facts[region.region].get("candidate") else None)["model"].get("release")
             if found != facts[region.region]["release"] and not self.aws.dry:
                 raise RuntimeError(f"{region.region}: {name} answers with release {found}, expected {facts[region.region]['release']}")
 
         self._everywhere(name, before, switch, "the release before")
         left = {r: str(s.config) if s.config != wanted[r] else s.tags.get("previous", "") for r, s in before.items()}
-        return self._finish(name, {r: Wanted(str(wanted[r]), facts[r], left[r], facts[r].get("share", "")) for r in before})
+        return self._finish(name, {r: Wanted(str(wanted[r]), facts[r], left[r], share[r]) for r in before})
 
     def status(
         self,
@@ -265,12 +297,24 @@ class SageMakerTarget:
         name: str,  # of an endpoint
     ) -> None:
         "Delete an endpoint with its alarms, configurations and models in all regions; archives and recordings stay."
-        there = [r for r in self.regions if r.state(name).status != "missing"]
-        if not there:
+        problems, gone, found = [], [], False
+        for region in self.regions:  # the endpoints first: they cost money
+            try:
+                if region.state(name).status != "missing":
+                    found = True
+                    region.delete(name)
+                gone.append(region)
+            except RuntimeError as e:
+                problems.append(str(e))
+        for region in gone:  # also where there was no endpoint any more: an earlier attempt may have left the rest
+            try:
+                found = bool(region.collect(name, [], 0)) or found
+            except RuntimeError as e:
+                problems.append(str(e))
+        if problems:
+            raise RuntimeError(f"{name}: not all of it was deleted: {'; '.join(problems)}; run it again, it begins where it is")
+        if not found:
             raise ValueError(f"no endpoint {name!r} in {', '.join(self.settings.regions)}")
-        for region in there:
-            region.delete(name)
-            region.collect(name, [], 0)
 
     def _region(self, name: str | None) -> Region:
         found = [r for r in self.regions if name in (None, r.region)]
@@ -308,15 +352,18 @@ class SageMakerTarget:
         model = region.model(name, known, image or region.stores.push(known["release"]), uri)
         previous = before.tags.get("previous", "")
         if role == "current":
-            if before.status != "missing" and before.release != known["release"]:
-                old = {"current": (region.models(str(before.config))["current"], 1.0)}
-                mixed = before.facts.get("candidate") or before.facts.get("shadow")
-                previous = region.configure(name, _own(before.facts), old, capture) if mixed else str(before.config)
+            # what a deployment that was cut off left running is not what a rollback shall return to
+            left = str(before.good if before.good and before.good != before.config else before.config)
+            facts = before.facts if left == before.config else region.facts(left)
+            if before.status != "missing" and facts.get("release") not in (None, known["release"]):
+                mixed = facts.get("candidate") or facts.get("shadow")
+                previous = region.configure(name, _own(facts), {"current": (region.models(left)["current"], 1.0)}, capture) if mixed else left
             return Wanted(region.configure(name, known, {"current": (model, 1.0)}, capture), known, previous)
         current = region.models(str(before.config))["current"]
         weights = {"current": (current, 1 - share if role == "candidate" else 1.0), role: (model, share)}
-        config = region.configure(name, _own(before.facts), weights, capture, **{role: known["release"]})
-        return Wanted(config, before.facts, previous, str(share) if role == "candidate" else "")
+        said = {"share": str(share)} if role == "candidate" else {}
+        config = region.configure(name, _own(before.facts), weights, capture, **{role: known["release"]}, **said)
+        return Wanted(config, before.facts, previous, said.get("share", ""))
 
     def _check(self, region: Region, name: str, golden: Sequence[dict[str, Any]], release: str, variant: str | None) -> None:
         "The golden rows, asked where the traffic goes; and that it is the release that answers."
@@ -356,8 +403,8 @@ class SageMakerTarget:
         for region in reversed(begun):
             try:
                 back(region)
-            except RuntimeError as e:
-                stuck[region] = str(e)
+            except Exception as e:  # whatever it is, the other regions are to be brought back, too
+                stuck[region] = str(e) or type(e).__name__
         return stuck
 
     def _finish(self, name: str, wanted: Mapping[str, Wanted]) -> Deployed:
@@ -370,7 +417,10 @@ class SageMakerTarget:
                 state = region.state(name)
                 region.scale(name, list(state.variants))
                 region.mark(name, state.arn, _own(facts), config=config, previous=previous, share=share)
-                region.collect(name, kept, max(0, self.settings.keep + 1 - len(kept)))
+                try:
+                    region.collect(name, kept, max(0, self.settings.keep + 1 - len(kept)))
+                except RuntimeError as e:  # it serves and is written down: old things that stay are no reason to undo that
+                    _say(f"{e}; what is old stays for now")
                 states.append(region.state(name))
             except RuntimeError as e:
                 problems.append(str(e))
@@ -404,7 +454,7 @@ class SageMakerTarget:
 
 def _own(facts: Mapping[str, Any]) -> dict[str, Any]:
     "Of the variant 'current' alone."
-    return {k: v for k, v in facts.items() if k not in ("candidate", "shadow")}
+    return {k: v for k, v in facts.items() if k not in ("candidate", "shadow", "share")}
 
 
 def _fit(state: State, name: str, release: str, role: str) -> None:
