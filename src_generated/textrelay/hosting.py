@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import gzip
 import hashlib
+import math
 import re
 import shutil
 import subprocess
@@ -54,7 +55,7 @@ class Settings:
     latency_ms: float = 1000      # that the model may need, 99th percentile of a minute
     period_s: int = 60            # over which the alarms look; CloudWatch's least for SageMaker's metrics
     capture: float = 0.0          # share of requests to record in S3
-    kms_key: str | None = None    # for the archive, the instances' volumes and the capture; None: S3's own keys
+    kms_key: str | None = None    # alias/NAME or ARN, for the archive, the instances' volumes and the capture; None: S3's own keys
     subnets: tuple[str, ...] = ()           # of your VPC; none: SageMaker's network
     security_groups: tuple[str, ...] = ()
     autoscaling: dict[str, Any] | None = None  # {min, max, per_instance: requests a minute}
@@ -84,7 +85,7 @@ class Settings:
 
     def _problem(self) -> str:
         numbers = (("instance_count", 1, 1000), ("step", 1, 50), ("wait_s", 0, 3600), ("bake_s", 0, 3600), ("error_share", 0, 1), ("capture", 0, 1),
-                   ("keep", 1, 50), ("period_s", 10, 3600))
+                   ("keep", 1, 50), ("period_s", 60, 3600), ("poll_s", 0.01, 3600), ("patience_s", 0, 86400), ("timeout_s", 1, 28800))
         for name, low, high in numbers:
             if not isinstance(value := getattr(self, name), (int, float)) or not low <= value <= high:
                 return f"{name} {value!r}: expected {low} to {high}"
@@ -92,12 +93,23 @@ class Settings:
             return f"regions {self.regions!r}: expected a list of different regions, such as [eu-central-1, us-east-1]"
         if not re.fullmatch(r"arn:aws[a-z-]*:iam::\d{12}:role/\S+", self.role):
             return f"role {self.role!r}: expected its ARN, such as arn:aws:iam::123456789012:role/reply-intent"
+        if self.period_s % 60:  # CloudWatch takes 10 and 30, but SageMaker's metrics come by the minute
+            return f"period_s {self.period_s}: expected whole minutes, such as 60"
         if self.shifting not in SHIFTING:
             return f"shifting {self.shifting!r}: expected one of {', '.join(SHIFTING)}"
+        if self.shifting == "linear" and self.step < 10:
+            return f"step {self.step}: SageMaker takes linear steps of 10 to 50 percent"
+        steps = {"canary": 2, "linear": math.ceil(100 / self.step), "all_at_once": 1}[self.shifting]
+        if (least := steps * self.wait_s + self.bake_s) > self.timeout_s:
+            return f"timeout_s {self.timeout_s:g}: {steps} steps of wait_s {self.wait_s:g} and bake_s {self.bake_s:g} take {least:g} s and more"
         if self.shifting != "all_at_once" and self.error_share * 100 >= self.step:
             return f"error_share {self.error_share}: a first step of {self.step} % that fails altogether would not trip it; expected less than {self.step / 100}"
         if bool(self.subnets) != bool(self.security_groups):
             return "subnets and security_groups: a VPC needs both"
+        if self.subnets and len(self.regions) > 1:
+            return "subnets and security_groups belong to one region, and there are several: deploy each region with a params file of its own"
+        if self.kms_key and len(self.regions) > 1 and not self.kms_key.startswith("alias/") and "{region}" not in self.kms_key:
+            return f"kms_key {self.kms_key!r} belongs to one region, and there are several: expected alias/NAME, or an ARN with {{region}} in it"
         if self.autoscaling and set(self.autoscaling) != {"min", "max", "per_instance"}:
             return f"autoscaling {self.autoscaling!r}: expected min, max and per_instance (requests a minute)"
         return ""
@@ -226,13 +238,13 @@ def config_request(
     request: dict[str, Any] = {"ProductionVariants": [variant(v) for v in models if v != "shadow"]}
     if "shadow" in models:
         request["ShadowProductionVariants"] = [variant("shadow")]
-    if settings.kms_key:
-        request["KmsKeyId"] = settings.kms_key
+    key = {"KmsKeyId": settings.here(settings.kms_key, region)} if settings.kms_key else {}
+    request |= key
     if capture:
         request["DataCaptureConfig"] = {
             "EnableCapture": True, "InitialSamplingPercentage": max(1, round(capture * 100)),
             "DestinationS3Uri": f"s3://{settings.here(settings.bucket, region)}/capture",
-            "CaptureOptions": [{"CaptureMode": "Input"}, {"CaptureMode": "Output"}], **({"KmsKeyId": settings.kms_key} if settings.kms_key else {}),
+            "CaptureOptions": [{"CaptureMode": "Input"}, {"CaptureMode": "Output"}], **key,
             "CaptureContentTypeHeader": {"JsonContentTypes": ["application/json"], "CsvContentTypes": ["text/csv"]}}
     return request
 

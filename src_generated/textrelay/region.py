@@ -179,7 +179,8 @@ class Stores:
             except ClientError as e:
                 if not is_missing(e):
                     raise
-            kms = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": self.settings.kms_key} if self.settings.kms_key else {"ServerSideEncryption": "AES256"}
+            key = self.settings.here(self.settings.kms_key or "", self.region)
+            kms = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": key} if key else {"ServerSideEncryption": "AES256"}
             with open(path, "rb") as f:
                 s3.put_object(Bucket=bucket, Key=key, Body=f, ChecksumSHA256=checksum, Metadata={"sha256": checksum}, ExpectedBucketOwner=self.settings.account, **kms)
         return f"s3://{bucket}/{key}"
@@ -474,10 +475,14 @@ class Region:
         before: State,  # to return to
     ) -> None:
         "Have an endpoint be again what it was. RuntimeError: it is not."
-        deadline = time.monotonic() + self.settings.patience_s
+        since: float | None = None  # when it failed first; the way back itself may take longer than the patience
+        silent = False
         while True:
+            now: State | None = None
             try:
                 now = self.watch(name, None)
+                if silent:  # the region is back: what comes now has all the patience again
+                    since = None
                 if before.status == "missing":
                     if now.status != "missing":
                         self.delete(name)
@@ -485,7 +490,8 @@ class Region:
                     self.switch(name, str(before.config), now, (), facts=before.facts, guarded=False)
                 return
             except RuntimeError:
-                if time.monotonic() > deadline:
+                silent, since = now is None, time.monotonic() if since is None else since
+                if time.monotonic() > since + self.settings.patience_s:
                     raise
                 time.sleep(self.settings.poll_s)
 
