@@ -60,8 +60,9 @@ class Aws:
         self,
         dry: bool = False,    # ask, but change nothing
         account: str = "123456789012",  # whose; for the names of what a dry run pretends to make
+        partition: str = "aws",         # or aws-us-gov, aws-cn
     ) -> None:
-        self.dry, self.account = dry, account
+        self.dry, self.account, self.partition = dry, account, partition
         self.calls: list[Call] = []    # what was called, or would have been, in order
         self.undoing = False           # calls are noted as 'only if it fails'
         self._sessions: dict[str, Any] = {}
@@ -135,7 +136,7 @@ class Aws:
             self._pretended.setdefault((call.region, "Endpoint", call.params["EndpointName"]), copy.deepcopy(told))
 
     def _arn(self, region: str, kind: str, name: str) -> str:
-        return f"arn:aws:sagemaker:{region}:{self.account}:{re.sub('(?<!^)(?=[A-Z])', '-', kind).lower()}/{name.lower()}"
+        return f"arn:{self.partition}:sagemaker:{region}:{self.account}:{re.sub('(?<!^)(?=[A-Z])', '-', kind).lower()}/{name.lower()}"
 
 
 def _ok(answer: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -189,9 +190,8 @@ def is_missing(
 # %% ../../nbs/lib/06_aws.ipynb #5bd35139
 _ACTIONS = {
     ("s3", "HeadBucket"): ["s3:ListBucket"], ("s3", "HeadObject"): ["s3:GetObject"], ("s3", "ListObjectsV2"): ["s3:ListBucket"],
-    ("ecr", "GetAuthorizationToken"): ["ecr:GetAuthorizationToken", "ecr:BatchCheckLayerAvailability", "ecr:InitiateLayerUpload", "ecr:UploadLayerPart",
-                                       "ecr:CompleteLayerUpload", "ecr:PutImage"],
 }
+_PUSH = ["ecr:BatchCheckLayerAvailability", "ecr:BatchGetImage", "ecr:CompleteLayerUpload", "ecr:InitiateLayerUpload", "ecr:PutImage", "ecr:UploadLayerPart"]
 _PREFIX = {"service-quotas": "servicequotas", "sagemaker-runtime": "sagemaker"}
 
 
@@ -214,26 +214,26 @@ def actions(
     return sorted(set(found))
 
 
-def _resources(action: str, call: Call, account: str) -> list[str]:
-    p, here = call.params, f"{call.region}:{account}"
+def _resources(action: str, call: Call, account: str, partition: str) -> list[str]:
+    p, here, arn = call.params, f"{call.region}:{account}", f"arn:{partition}"
     if action == "iam:PassRole":
         return [p["ExecutionRoleArn"]]
     if action == "iam:GetRole":
-        return [f"arn:aws:iam::{account}:role/*{p['RoleName']}"]
+        return [f"{arn}:iam::{account}:role/*{p['RoleName']}"]
     if action.startswith("kms:"):
         key = str(p.get("SSEKMSKeyId") or p.get("KmsKeyId"))
-        return [key if key.startswith("arn:") else f"arn:aws:kms:{here}:key/{key}" if not key.startswith("alias/") else f"arn:aws:kms:{here}:key/*"]
+        return [key if key.startswith("arn:") else f"{arn}:kms:{here}:key/{key}" if not key.startswith("alias/") else f"{arn}:kms:{here}:key/*"]
     if action.startswith("s3:"):
-        return [f"arn:aws:s3:::{p['Bucket']}" + ("/" + re.sub("/.*", "/*", p["Key"]) if "Key" in p else "")]
+        return [f"{arn}:s3:::{p['Bucket']}" + ("/" + re.sub("/.*", "/*", p["Key"]) if "Key" in p else "")]
     if action.startswith("ecr:") and "repositoryName" in p:
-        return [f"arn:aws:ecr:{here}:repository/{p['repositoryName']}"]
+        return [f"{arn}:ecr:{call.region}:{p.get('registryId', account)}:repository/{p['repositoryName']}"]
     if action.startswith("cloudwatch:") and (names := p.get("AlarmNames") or ([p["AlarmName"]] if "AlarmName" in p else [])):
-        return [f"arn:aws:cloudwatch:{here}:alarm:{name}" for name in names]
+        return [f"{arn}:cloudwatch:{here}:alarm:{name}" for name in names]
     if action.startswith("sagemaker:"):
         if "ResourceArn" in p:
             return [_general(p["ResourceArn"])]
         kinds = {"ModelName": "model", "EndpointConfigName": "endpoint-config", "EndpointName": "endpoint"}
-        return [_general(f"arn:aws:sagemaker:{here}:{kind}/{str(p[k]).lower()}") for k, kind in kinds.items() if k in p] or ["*"]
+        return [_general(f"{arn}:sagemaker:{here}:{kind}/{str(p[k]).lower()}") for k, kind in kinds.items() if k in p] or ["*"]
     return ["*"]
 
 
@@ -245,12 +245,14 @@ def _general(arn: str) -> str:
 def role_policy(
     calls: Sequence[Call],  # of a dry run
     account: str,           # number of the AWS account
+    partition: str = "aws", # or aws-us-gov, aws-cn
 ) -> dict[str, Any]:        # an IAM policy document
     "The least that whoever makes these calls must be allowed."
     wanted: dict[str, set[str]] = {}
+    pushed = {c.region for c in calls if c.operation == "GetAuthorizationToken"}  # the engine's calls follow; the image that was looked for names the repository
     for call in calls:
-        for action in actions(call):
-            wanted.setdefault(action, set()).update(_resources(action, call, account))
+        for action in [*actions(call), *(_PUSH if call.operation == "DescribeImages" and call.region in pushed else [])]:
+            wanted.setdefault(action, set()).update(_resources(action, call, account, partition))
     groups: dict[tuple[str, ...], list[str]] = {}
     for action, resources in wanted.items():
         groups.setdefault(("*",) if "*" in resources else tuple(sorted(resources)), []).append(action)

@@ -201,7 +201,7 @@ def deploy(
     if role_policy:
         from textrelay.aws import role_policy as document
 
-        return _say(document([*calls, *place.later(name)], place.settings.account), True, "")
+        return _say(document([*calls, *place.later(name)], place.settings.account, place.settings.partition), True, "")
     _say([vars(c) for c in calls], as_json, "\n".join(map(str, calls)))
 
 

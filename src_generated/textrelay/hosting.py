@@ -119,6 +119,11 @@ class Settings:
         "Number of the AWS account."
         return self.role.split(":")[4]
 
+    @property
+    def partition(self) -> str:
+        "Of AWS: aws, aws-us-gov, aws-cn."
+        return self.role.split(":")[1]
+
     def here(
         self,
         text: str,

@@ -179,8 +179,8 @@ class Stores:
             except ClientError as e:
                 if not is_missing(e):
                     raise
-            key = self.settings.here(self.settings.kms_key or "", self.region)
-            kms = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": key} if key else {"ServerSideEncryption": "AES256"}
+            kms_key = self.settings.here(self.settings.kms_key or "", self.region)
+            kms = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": kms_key} if kms_key else {"ServerSideEncryption": "AES256"}
             with open(path, "rb") as f:
                 s3.put_object(Bucket=bucket, Key=key, Body=f, ChecksumSHA256=checksum, Metadata={"sha256": checksum}, ExpectedBucketOwner=self.settings.account, **kms)
         return f"s3://{bucket}/{key}"
@@ -235,7 +235,7 @@ class Region:
 
     def arn(self, kind: str, name: str) -> str:
         "ARN of an endpoint, endpoint-config or model."
-        return f"arn:{self.settings.role.split(':')[1]}:sagemaker:{self.region}:{self.settings.account}:{kind}/{name.lower()}"
+        return f"arn:{self.settings.partition}:sagemaker:{self.region}:{self.settings.account}:{kind}/{name.lower()}"
 
     def facts(
         self,

@@ -73,7 +73,7 @@ class SageMakerTarget:
         settings: Settings,
         aws: Aws | None = None,  # None: AWS itself, or what AWS_ENDPOINT_URL names
     ) -> None:
-        self.settings, self.aws = settings, aws or Aws(account=settings.account)
+        self.settings, self.aws = settings, aws or Aws(account=settings.account, partition=settings.partition)
         self.regions = [Region(self.aws, r, settings) for r in settings.regions]
         self._begun: tuple[list[Region], Callable[[Region], None]] = [], lambda region: None  # what a failure after the last switch would take back, and how
 
@@ -124,7 +124,7 @@ class SageMakerTarget:
         **how: Any,        # as for `deploy`
     ) -> list[Call]:       # in order; those that a failure at the very end would need come last
         "The calls that `deploy` would make now. It asks AWS, and changes nothing."
-        dry = SageMakerTarget(self.settings, Aws(dry=True, account=self.settings.account))
+        dry = SageMakerTarget(self.settings, Aws(dry=True, account=self.settings.account, partition=self.settings.partition))
         dry.deploy(bundle, name, **how)
         dry.aws.undoing = True
         dry._take_back(*dry._begun)
