@@ -151,6 +151,8 @@ def test_two_regions(aws, settings, bundles):
     assert target.status(name)["previous"]["release"] == one and [e.name for e in target.endpoints()] == [name]
     back = target.rollback(name)
     assert back.release == one and running(name) == [one, one] and back.drift == [] == target.status(name)["drift"]
+    scaled = SageMakerTarget(replace(settings, autoscaling={"min": 2, "max": 4, "per_instance": 100})).plan(bundles["one"], "scaled")
+    assert [c.region for c in scaled if c.operation == "PutScalingPolicy"] == list(REGIONS)
     assert role_policy([*known, *(c for c in target.aws.calls if c.operation != "ListEndpoints")], settings.account) == role_policy(known, settings.account)
 
 

@@ -126,14 +126,18 @@ class Aws:
     def _pretend(self, verb: str, key: tuple[str, str, str], params: dict[str, Any]) -> None:
         now, known = datetime.now(UTC), self._pretended.get(key) or {}
         made = {f"{key[1]}Arn": self._arn(*key), "CreationTime": now, "LastModifiedTime": now, "EndpointStatus": "InService"}
-        self._pretended[key] = None if verb == "Delete" else {**made, **known, **copy.deepcopy(params)}
+        config = self._pretended.get((key[0], "EndpointConfig", str(params.get("EndpointConfigName")))) if key[1] == "Endpoint" else None
+        variants = [{"VariantName": v["VariantName"]} for v in (config or {}).get("ProductionVariants", [])]
+        run = {"ProductionVariants": variants} if variants else {}  # what comes after, such as scaling, depends on them
+        self._pretended[key] = None if verb == "Delete" else {**made, **known, **copy.deepcopy(params), **run}
 
     def _learn(self, model: Any, parsed: dict[str, Any], context: dict[str, Any], **_: Any) -> None:
         "What AWS described is what a pretended change starts from."
         call: Call = context["textrelay"]
-        if model.name == "DescribeEndpoint" and "EndpointArn" in parsed:
+        kind = model.name.removeprefix("Describe")
+        if kind in ("Endpoint", "EndpointConfig") and f"{kind}Arn" in parsed:
             told = {k: v for k, v in parsed.items() if k != "ResponseMetadata"}
-            self._pretended.setdefault((call.region, "Endpoint", call.params["EndpointName"]), copy.deepcopy(told))
+            self._pretended.setdefault((call.region, kind, call.params[f"{kind}Name"]), copy.deepcopy(told))
 
     def _arn(self, region: str, kind: str, name: str) -> str:
         return f"arn:{self.partition}:sagemaker:{region}:{self.account}:{re.sub('(?<!^)(?=[A-Z])', '-', kind).lower()}/{name.lower()}"

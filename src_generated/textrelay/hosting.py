@@ -179,7 +179,8 @@ def push_image(
         raise RuntimeError(f"push {local}: neither docker nor podman nor buildah is on PATH, so it cannot be pushed from here; push it to {uri} "
                            "from a machine that has one, and leave 'push' out")
     login = [engine, "login", "--username", "AWS", "--password-stdin", uri.split("/")[0]]
-    for words in (login, [engine, "tag", local, uri], [engine, "push", uri]):
+    kind = [] if engine == "docker" else ["--format", "v2s2"]  # podman and buildah keep OCI's manifests, which SageMaker does not take
+    for words in (login, [engine, "tag", local, uri], [engine, "push", *kind, uri]):
         done = subprocess.run(words, input=password if words is login else "", capture_output=True, text=True, timeout=3600)
         if done.returncode:
             raise RuntimeError(f"push {local}: {' '.join(words[:2])}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")

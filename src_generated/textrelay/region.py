@@ -77,8 +77,8 @@ class Stores:
         with explained(self.region):
             self._check_bucket()
             self._check_role()
-            image = self._image(release)
-            return image, self._check_quota()
+            image, unknown = self._image(release)
+            return image, [*unknown, *self._check_quota()]
 
     def _check_bucket(self) -> None:
         from botocore.exceptions import ClientError
@@ -107,7 +107,7 @@ class Stores:
         if "sagemaker.amazonaws.com" not in json.dumps(role.get("AssumeRolePolicyDocument", "")):
             raise ValueError(f"{self.region}: role {self.settings.role} does not trust sagemaker.amazonaws.com, so SageMaker could not take it; mend its trust policy")
 
-    def _image(self, release: str) -> str:
+    def _image(self, release: str) -> tuple[str, list[str]]:  # pinned; and what may be wrong with it
         from botocore.exceptions import ClientError
 
         uri = self.settings.here(self.settings.image, self.region, release)
@@ -117,12 +117,15 @@ class Stores:
         which = {"imageDigest": parts["digest"]} if "digest" in parts else {"imageTag": parts["tag"]}
         try:
             found = self._client("ecr").describe_images(registryId=parts["account"], repositoryName=parts["repository"], imageIds=[which])["imageDetails"]
-            return f"{uri.split('@')[0].rsplit(':', 1)[0]}@{found[0]['imageDigest']}"
+            kind = str(found[0].get("imageManifestMediaType", ""))  # said, not refused: where SageMaker takes others, it shall
+            odd = [f"{self.region}: image {uri} has the manifest {kind}; SageMaker takes Docker's, schema 2, alone: if it refuses this one, build with "
+                   "'podman build --format docker' or 'docker buildx build --provenance=false'"] if "oci" in kind or "list" in kind else []
+            return f"{uri.split('@')[0].rsplit(':', 1)[0]}@{found[0]['imageDigest']}", odd
         except ClientError as e:
             if not is_missing(e):
                 raise
             if self.settings.push and "RepositoryNotFound" not in str(e):
-                return ""
+                return "", []
             raise ValueError(f"{self.region}: no image {uri} in ECR; build the bundle's Dockerfile and push it there, or name a local image as 'push'") from None
 
     def _check_quota(self) -> list[str]:
@@ -154,7 +157,7 @@ class Stores:
                 self._client("ecr").get_authorization_token()
                 return f"{uri.rsplit(':', 1)[0]}@sha256:{'0' * 64}"
             push_image(str(self.settings.push), uri, base64.b64decode(token).decode().partition(":")[2])
-            return self._image(release)
+            return self._image(release)[0]
 
     def upload(
         self,

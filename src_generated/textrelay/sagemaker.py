@@ -92,6 +92,8 @@ class SageMakerTarget:
         check_endpoint_name(name)
         if other := sorted({*(options or {})} - {"capture"}) + (["port"] if port else []):
             raise ValueError(f"endpoint {name!r}: SageMaker starts the container as it is, so that {other} cannot be set; only 'capture' can")
+        if self.settings.autoscaling and share < 1 and not shadow:  # a variant that scales cannot be removed again
+            raise ValueError(f"endpoint {name!r}: autoscaling and a candidate (share {share:g}) do not go together; leave autoscaling out meanwhile, or try a shadow")
         what, known = deployable(bundle, facts, share)
         capture = float((options or {}).get("capture", self.settings.capture))
         role = "shadow" if shadow else "candidate" if share < 1 else "current"
