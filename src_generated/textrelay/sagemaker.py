@@ -141,8 +141,13 @@ class SageMakerTarget:
         for region in self.regions:
             names = [a["AlarmName"] for a in alarm_requests(self.settings, name, ["current", "candidate"])]
             endpoint, config, model = {"EndpointName": name}, {"EndpointConfigName": made}, {"ModelName": made}
-            asked: dict[str, list[tuple[str, dict[str, Any]]]] = {
+            key, tagged = self.settings.here(self.settings.kms_key or "", region.region), {"Tags": [{"Key": "textrelay:name", "Value": name}]}
+            stored = {"Bucket": self.settings.here(self.settings.bucket, region.region), "Key": "textrelay/", **({"SSEKMSKeyId": key} if key else {})}
+            asked: dict[str, list[tuple[str, dict[str, Any]]]] = {  # also what this release has already, by another endpoint or an attempt before
+                "s3": [("HeadObject", stored), ("PutObject", stored)],
                 "sagemaker": [
+                    ("CreateModel", {**model, **tagged, "ExecutionRoleArn": self.settings.role}),
+                    ("CreateEndpointConfig", {**config, **tagged, **({"KmsKeyId": key} if key else {})}), ("AddTags", {"ResourceArn": region.arn("endpoint", name)}),
                     ("DescribeEndpoint", endpoint), ("UpdateEndpoint", {**endpoint, **config}), ("UpdateEndpointWeightsAndCapacities", endpoint),
                     ("DeleteEndpoint", endpoint), ("ListEndpointConfigs", {}), ("DescribeEndpointConfig", config), ("DeleteEndpointConfig", config),
                     ("ListModels", {}), ("DeleteModel", model), *(("ListTags", {"ResourceArn": region.arn(k, n)}) for k, n in (
