@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -23,9 +24,10 @@ from .provenance import environment_lock
 KEY = "textrelay.key"       # tag of a stage's run: digest of its key
 PARTS = "textrelay.key_of"  # tag: the parts of the key, so that a change can be named
 FOUND = "textrelay.found"   # tag: what moving names pointed at when the stage began
+SIGNING_KEY = "TEXTRELAY_SIGNING_KEY"  # environment variable: file or text of the key that signs a bundle
 
 # %% auto #0
-__all__ = ['KEY', 'PARTS', 'FOUND', 'stage_key', 'found', 'Earlier', 'earlier']
+__all__ = ['KEY', 'PARTS', 'FOUND', 'SIGNING_KEY', 'stage_key', 'found', 'Earlier', 'earlier']
 
 # %% ../../nbs/lib/55_cache.ipynb #a40da578
 def stage_key(
@@ -40,10 +42,22 @@ def stage_key(
     cells = [[c.cell_type, c.source, c.metadata.get("tags", [])] for c in nbformat.read(notebook, as_version=4).cells]
     params = {k: v for k, v in values.items() if not _is_result(v)}
     inputs = {k: v for k, v in values.items() if _is_result(v)} | dict(sorted(set(_contents(params, Path(root)))))
+    if any(SIGNING_KEY in source for _, source, _ in cells):  # what was sealed without a key, or with another one, is not what is asked for
+        inputs[SIGNING_KEY] = _signing_key(Path(root))
     return {
         "code": _source(package), "notebook": digest_json(cells), "params": digest_json(params), "inputs": digest_json(inputs),
         "lock": digest_bytes(f"python=={sys.version}\n{environment_lock()}".encode()),
     }
+
+
+def _signing_key(root: Path) -> str:
+    "Digest of the private key, which itself is put down nowhere."
+    key = os.environ.get(SIGNING_KEY, "")
+    if key.startswith("-----BEGIN"):
+        return digest_bytes(key.strip().encode())
+    if not os.path.isfile(root / key):
+        return "missing" if key else "none"
+    return digest_bytes((root / key).read_bytes().strip())
 
 
 def _is_result(value: Any) -> bool:
@@ -67,11 +81,11 @@ def _contents(value: Any, root: Path) -> Iterator[tuple[str, str]]:
             yield from _contents(v, root)
     elif isinstance(value, str) and 1 < len(value) < 1000 and "\n" not in value:
         path = root / value
-        if path.is_file():
+        if os.path.isfile(path):  # unlike Path's own, False for a sentence that is too long for a name
             yield value, digest_file(path)
-        elif path.is_dir() and path.resolve() != root.resolve():
+        elif os.path.isdir(path) and path.resolve() != root.resolve():
             yield value, _tree(path)
-        elif "@" in value or value.startswith("sha256:"):
+        elif re.fullmatch(r"[^\s/:@']*@\S+|sha256:[^\s@']+", value):  # a publication; not a sentence with an '@' in it
             try:
                 yield value, resolve(value).digest
             except ValueError:

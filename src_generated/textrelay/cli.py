@@ -49,11 +49,11 @@ class _Verb(click.Command):
 
 
 def _mlflow(error: Exception) -> str:
-    from textrelay.exchange import tracking_uri, unreachable
+    from textrelay.exchange import shown_uri, tracking_uri, unreachable
 
     if problem := unreachable():
         return f"{problem}; once it does, repeat the command"
-    return f"MLflow at {tracking_uri()}: {str(error).splitlines()[0]}"
+    return f"MLflow at {shown_uri()}: {str(error).splitlines()[0].replace(tracking_uri(), shown_uri())}"
 
 
 def _say(result: Any, as_json: bool, text: str) -> None:
@@ -109,10 +109,11 @@ def _overrides(settings: tuple[str, ...]) -> dict[str, dict[str, Any]]:
 def _report(run_id: str, results: dict[str, dict[str, Any]]) -> str:
     lines = [f"chain {run_id}: " + ", ".join(f"{s} {r['verdict']}" for s, r in results.items())]
     if endpoint := results.get("deploy", {}).get("url"):
-        sample = results["deploy"].get("sample_mail", "mail.eml")
+        lines += ["", f"endpoint   {endpoint}  (release {results['deploy']['release'][:19]}…)"]
+    if endpoint and results["deploy"].get("target", "local") == "local":  # a cloud's wants signed requests, and its params file to be deleted with
+        sample = results["deploy"].get("sample_mail") or "mail.eml"
         lines += [
-            "", f"endpoint   {endpoint}  (release {results['deploy']['release'][:19]}…)", "try it     "
-            f"curl -s -H 'Content-Type: message/rfc822' --data-binary @{sample} {endpoint}/invocations",
+            f"try it     curl -s -H 'Content-Type: message/rfc822' --data-binary @{sample} {endpoint}/invocations",
             f"stop it    textrelay endpoints {results['deploy']['endpoint']} --delete",
         ]
     return "\n".join([*lines, "all runs   textrelay ui"])
@@ -379,7 +380,7 @@ def approve(kind: str, subject: str, reason: str, params: str | None, key: str |
     key, by = key or str(Path.home() / ".ssh" / "id_ed25519"), by or _git_email()
     done = give(kind, subject, by=by, key=key, reason=reason, allowed_signers=allowed_signers, facts=facts, days=days)
     _say({**vars(done), "made": done.made.isoformat(), "expires": done.expires.isoformat()}, as_json,
-         f"{done.id}  {kind} {subject} by {by}, until {done.expires:%Y-%m-%d %H:%M} UTC")
+         f"{done.id}  {kind} {done.subject} by {by}, until {done.expires:%Y-%m-%d %H:%M} UTC")
 
 
 def _facts(kind: str, subject: str, params: str | None) -> tuple[str, dict[str, Any]]:
@@ -624,11 +625,11 @@ def ui(host: str, port: int) -> None:
     import subprocess
 
     from textrelay.core import home
-    from textrelay.exchange import experiment, tracking_uri
+    from textrelay.exchange import experiment, shown_uri, tracking_uri
 
     uri = tracking_uri()
     if uri.startswith("http"):
-        click.echo(f"the store is a server already: {uri}")
+        click.echo(f"the store is a server already: {shown_uri()}")
         return
     experiment()
     click.echo(f"http://{host}:{port}  (takes some seconds; Ctrl-C ends it)", err=True)

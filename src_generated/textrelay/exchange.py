@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 Record = dict[str, Any]  # one row of a table
 
 # %% auto #0
-__all__ = ['Record', 'EXPERIMENT', 'PUBLICATIONS', 'DEFAULTS', 'TALK', 'KINDS', 'SPLITS', 'tracking_uri', 'environment', 'store',
-           'unreachable', 'experiment', 'current_run', 'Publication', 'publish', 'publications', 'resolve', 'consume',
-           'Dataset', 'load_dataset', 'obtain']
+__all__ = ['Record', 'EXPERIMENT', 'PUBLICATIONS', 'DEFAULTS', 'TALK', 'KINDS', 'SPLITS', 'tracking_uri', 'shown_uri',
+           'environment', 'store', 'unreachable', 'experiment', 'current_run', 'Publication', 'publish', 'publications',
+           'resolve', 'consume', 'Dataset', 'load_dataset', 'obtain']
 
 # %% ../../nbs/lib/03_exchange.ipynb #7cd4c2f3
 EXPERIMENT = "textrelay"            # chains; its runs nest: one parent, four stages
@@ -41,6 +41,11 @@ PUBLICATIONS = "textrelay-exchange"  # one run a publication
 def tracking_uri() -> str:
     "Where MLflow's runs are: MLFLOW_TRACKING_URI, or the project's own SQLite file."
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home()}/mlflow.db"
+
+
+def shown_uri() -> str:
+    "The same for messages: without a user's name and password, which may hold an '@' themselves."
+    return re.sub("//[^/]*@", "//", tracking_uri())
 
 
 @contextmanager
@@ -122,7 +127,7 @@ def unreachable() -> str | None:  # what to say; None if the store answers
         cause: BaseException = e
         while cause.__context__ not in (None, handled):
             cause = cause.__context__
-        return f"the MLflow server at {re.sub('//[^/@]*@', '//', uri)} does not answer ({cause})"  # a password in the URL stays out
+        return f"the MLflow server at {shown_uri()} does not answer ({str(cause).replace(uri, shown_uri())})"
     return None
 
 
@@ -306,7 +311,7 @@ def resolve(
     if not found:
         names = sorted({p.name for p in publications()})
         have = f"it has versions {', '.join(p.version for p in known)}" if name and known else f"published names: {', '.join(names) or 'none yet'}"
-        raise ValueError(f"{reference!r}: no such publication in {tracking_uri()}; {have}")
+        raise ValueError(f"{reference!r}: no such publication in {shown_uri()}; {have}")
     return found
 
 

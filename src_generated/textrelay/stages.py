@@ -27,7 +27,7 @@ from typing import Any
 
 from .cache import FOUND, KEY, PARTS, Earlier, earlier, found, stage_key
 from .core import Refused, StageError, digest_json, digest_tree, home, project_root, read_json, read_yaml, write_json
-from .exchange import PUBLICATIONS, environment, experiment, resolve, store, tracking_uri, unreachable
+from .exchange import PUBLICATIONS, environment, experiment, resolve, shown_uri, store, tracking_uri, unreachable
 from .provenance import commit, provenance
 from .secrets import url_secrets
 
@@ -493,7 +493,7 @@ class Chain:
 
 def passed_stages(
     run_id: str,            # a chain's run
-) -> dict[str, Params]:     # stage -> result of its last run that passed
+) -> dict[str, Params]:     # stage -> result of its last run that passed, as long as that was about the results before it here
     "Results that a chain's run holds."
     from mlflow.artifacts import load_dict
     from mlflow.exceptions import MlflowException
@@ -504,11 +504,15 @@ def passed_stages(
     except MlflowException as e:
         if e.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
-        raise ValueError(f"run {run_id!r}: not found in {tracking_uri()}") from None
+        raise ValueError(f"run {run_id!r}: not found in {shown_uri()}") from None
     children = client.search_runs([chain.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run_id}'", order_by=["attributes.start_time ASC"])
     done = [r for r in children if r.info.status == "FINISHED" and r.data.tags.get("textrelay.verdict") == "PASS"]
     runs = {r.data.tags["textrelay.stage"]: r.info.run_id for r in done}
     runs |= {s: run for s in STAGES if (run := chain.data.tags.get(f"textrelay.reused.{s}"))}  # those of earlier chains
+    for number, stage in enumerate(STAGES):  # the test of another model says nothing about this one, nor what followed from that test
+        inputs = client.get_run(runs[stage]).data.params if stage in runs else {}
+        if any(s in inputs and inputs[s] != runs.get(s) for s in STAGES[:number]):
+            del runs[stage]
     return {s: load_dict(f"runs:/{run}/result.json") for s, run in runs.items()}
 
 
@@ -542,7 +546,7 @@ def run_chain(
     results = {s: r for s, r in results.items() if s not in todo}
     with _signals_noted() as stop:
         run_id = _open_chain(path, wanted, from_run, root)
-        for name, result in made.items():
+        for name, result in results.items() if run_id != from_run else ():
             store().set_tag(run_id, f"textrelay.reused.{name}", result["run_id"])
         try:
             _run_stages(run_id, path, wanted, todo, results, root, stop, force)
@@ -664,7 +668,12 @@ def _write_evidence(done: list[str], results: Mapping[str, Params]) -> None:
     if {"wrap", "deploy"} & set(done) and results.get("wrap", {}).get("version"):
         from textrelay.evidence import write_page
 
-        print(f"release page: {write_page(results['wrap']['release'])}", file=sys.stderr, flush=True)
+        release = results["wrap"]["release"]
+        try:
+            told = f"release page: {write_page(release)}"
+        except Exception as e:  # what was deployed is deployed
+            told = f"release page not written: {str(e) or type(e).__name__}; write it with: textrelay evidence {release} OUT"
+        print(told, file=sys.stderr, flush=True)
 
 
 def _open_chain(path: Path, wanted: dict[str, Params], from_run: str | None, root: Path) -> str:

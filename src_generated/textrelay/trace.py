@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .core import project_root, read_json
-from .exchange import store, tracking_uri
+from .exchange import shown_uri, store
 from .flavor import model_folder
 
 _ID = re.compile(r"([0-9a-f]{12})-([0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12})")
@@ -69,7 +69,7 @@ def _release(digits: str) -> tuple[list[dict[str, Any]], Path]:
     for endpoint in target.endpoints():
         if endpoint.release.startswith(f"sha256:{digits}"):
             return [], target.bundle(endpoint.name)
-    raise ValueError(f"no release begins with {digits} in {tracking_uri()}, nor does a local endpoint run one; "
+    raise ValueError(f"no release begins with {digits} in {shown_uri()}, nor does a local endpoint run one; "
                      "name the store of those who deployed it in MLFLOW_TRACKING_URI")
 
 
