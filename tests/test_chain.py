@@ -23,7 +23,7 @@ class Workplace:
         self.env = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW")} | {"TEXTRELAY_HOME": str(home)}
 
     def textrelay(self, *args: str, code: int = 0) -> subprocess.CompletedProcess:
-        done = subprocess.run([sys.executable, "-m", "textrelay.cli", *args], cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=600)
+        done = subprocess.run([sys.executable, "-m", "textrelay.cli", *args], cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=1200)
         assert done.returncode == code, done.stderr
         return done
 
