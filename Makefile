@@ -26,7 +26,7 @@ quickstart: .venv/installed  ## train, test, wrap and deploy the example; prints
 	textrelay run params/quickstart.yaml
 
 test: check unit  ## everything that must hold, under 15 minutes
-	pytest tests --numprocesses 2 --dist loadfile  # most of them wait for processes of their own; two files at a time
+	pytest tests
 
 check: .venv/installed  ## notebooks clean, export a no-op, style, types
 	python tests/check_notebooks.py

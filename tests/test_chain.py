@@ -31,13 +31,14 @@ class Workplace:
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     place = Workplace(tmp_path_factory.mktemp("chain"))
-    os.environ["TEXTRELAY_HOME"], before = str(place.home), os.environ.get("TEXTRELAY_HOME")
+    before = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(place.env)  # whichever store an earlier test has named
     yield place
     for endpoint in json.loads(place.textrelay("endpoints", "--json").stdout):
         place.textrelay("endpoints", endpoint["name"], "--delete")
-    os.environ.pop("TEXTRELAY_HOME")
-    if before:
-        os.environ["TEXTRELAY_HOME"] = before
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")

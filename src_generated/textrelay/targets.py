@@ -381,11 +381,12 @@ class LocalTarget:
         return endpoint
 
     def _read(self, name: str) -> Endpoint | None:
+        "As it is now. A front that is busy answers late, and is not to be taken for dead: whoever deploys then would end it with what it has in hand."
         try:
             e = Endpoint(**read_json(self.folder / f"{name}.json"))
         except FileNotFoundError:
             return None
-        release = _ping(e.url) if _is_ours(e.pid, self._settings(name), e.port) else None
+        release = _ping(e.url, 5) if _is_ours(e.pid, self._settings(name), e.port) else None
         if release and release not in e.releases:  # a deployment was cut off after its release had taken over
             with contextlib.suppress(RuntimeError):
                 e = replace(e, release=release, facts=self._control(e, "status")["variants"]["current"]["facts"], candidate=None, shadow=None, previous=e.facts)
