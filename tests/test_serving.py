@@ -497,6 +497,9 @@ def test_targets_that_know_nothing_of_each_other_get_ports_of_their_own(tiny_bun
         with ThreadPoolExecutor(3) as pool:
             endpoints = list(pool.map(lambda place: place.deploy(tiny_bundle, "same"), places))
         assert len({e.port for e in endpoints}) == 3 and all(map(works, endpoints))
+        first = min(zip(places, endpoints, strict=True), key=lambda pair: pair[1].port)
+        first[0].delete("same")
+        assert first[0].deploy(tiny_bundle, "same").port == first[1].port, "its last connections linger, and it is the first that is free all the same"
     finally:
         for place in places:
             if place.find("same"):

@@ -505,15 +505,13 @@ def serve(
     *,
     host: str = "127.0.0.1",  # '0.0.0.0' in a container: then other machines can reach it
     port: int = 8080,         # SageMaker's
-    fd: int | None = None,    # of a socket that is bound to the port, so that nobody else could take it meanwhile
+    fd: int | None = None,    # of a socket that listens on the port, so that nobody else could take it meanwhile
 ) -> None:
     "Serve until SIGTERM or SIGINT."
     import uvloop
 
     log_to_stderr()
     listeners = [socket.socket(fileno=fd)] if fd is not None else None
-    for listener in listeners or ():
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as uvicorn sets it: a restart does not wait for old connections
 
     async def run() -> None:
         front = Front(os.environ.pop("TEXTRELAY_CONTROL", None))  # workers do not inherit it
@@ -535,7 +533,7 @@ def main(
     parser.add_argument("path", nargs="?", default="/opt/ml/model", help="bundle, saved model, or a .json file of settings (default: SageMaker's %(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=int(os.environ.get("SAGEMAKER_BIND_TO_PORT", 8080)), help="port to listen on (default: %(default)s)")
-    parser.add_argument("--fd", type=int, help="file descriptor of a socket that is bound to that port")
+    parser.add_argument("--fd", type=int, help="file descriptor of a socket that listens on that port")
     for name, kind, says in OPTIONS:
         parser.add_argument(f"--{name.removesuffix('_s')}", dest=name, type=kind, default=argparse.SUPPRESS, help=f"{says} (default: {getattr(Settings, name)})")
     words = list(sys.argv[1:] if argv is None else argv)

@@ -183,8 +183,10 @@ def _is_free(port: int, within_s: float = 0) -> bool:
 def _bound(port: int) -> socket.socket | None:
     "A socket on a port, which nobody else gets from now on; None: it is taken."
     s = socket.socket()
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port whose last connections linger is free
     try:
-        s.bind(("127.0.0.1", port))  # without SO_REUSEADDR: with it, two could be bound to one port until one of them listens
+        s.bind(("127.0.0.1", port))
+        s.listen()  # two may be bound to one port, but only one of them can listen
         return s
     except OSError:
         s.close()
