@@ -43,7 +43,8 @@ class Approval:
     problem: str = ""       # why it does not count; '' if it does
 
 # %% auto #0
-__all__ = ['APPROVALS', 'NAMESPACE', 'SKEW', 'KINDS', 'Approval', 'approve', 'approvals', 'require', 'require_two']
+__all__ = ['APPROVALS', 'NAMESPACE', 'SKEW', 'KINDS', 'Approval', 'approve', 'approvals', 'held_against', 'require',
+           'require_two']
 
 # %% ../../nbs/lib/32_approvals.ipynb #89904a1a
 def approve(
@@ -152,6 +153,15 @@ def _void(approval: Approval, clock: datetime, latest: datetime, revoked: Approv
     return f"expired {approval.expires.isoformat()}" if approval.expires <= latest else ""
 
 
+def held_against(
+    approval: Approval,
+    facts: Mapping[str, Any],  # that it must be about
+) -> Approval:                 # with the problem that it is about others
+    "An approval counts for the very digests that it names."
+    other = [k for k, v in facts.items() if approval.facts.get(k) != v]
+    return _with(approval, problem="is about other " + ", ".join(other)) if other and not approval.problem else approval
+
+
 def require(
     kind: str,                               # 'build' or 'promote'
     subject: str,                            # commit or release
@@ -161,15 +171,10 @@ def require(
     now: datetime | None = None,             # for tests
 ) -> list[Approval]:                         # those that count, at least one
     "Raise Refused, naming what is missing, unless somebody approved this very thing."
-    about = [a for a in approvals(allowed_signers, now=now) if a.kind == kind and a.subject == subject]
-    reasons = []
-    for a in about:
-        other = [k for k, v in (facts or {}).items() if a.facts.get(k) != v]
-        if a.problem or other:
-            reasons.append(f"{a.id} by {a.by}: {a.problem or 'is about other ' + ', '.join(other)}")
-    good = [a for a in about if not a.problem and all(a.facts.get(k) == v for k, v in (facts or {}).items())]
+    about = [held_against(a, facts or {}) for a in approvals(allowed_signers, now=now) if a.kind == kind and a.subject == subject]
+    good = [a for a in about if not a.problem]
     if not good:
-        listed = f" ({'; '.join(reasons)})" if reasons else ""
+        listed = f" ({'; '.join(f'{a.id} by {a.by}: {a.problem}' for a in about)})" if about else ""
         command = f"textrelay approve {kind} {subject}{' --params FILE' if kind == 'build' else ''} --reason '…'"
         raise Refused(f"no approval to {kind} {subject}{listed}. Somebody listed in {allowed_signers} says yes with: {command}")
     return good

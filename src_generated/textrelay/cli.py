@@ -448,10 +448,11 @@ def _would_promote(release: str, params: str, settings: tuple[str, ...], as_json
     asked = {**read_params(params).get("deploy", {}), **_overrides(settings).get("deploy", {}), "wrap": {}}
     values = effective(notebook_of("deploy", root), asked, params)
     files = {k: root / values[k] if values[k] else None for k in ("allowed_signers", "public_key")}
-    yes = permit(entry, values["alias"], bundle_of(entry), same_person=values["same_person"], **files)
+    bundle = bundle_of(entry)
+    yes = permit(entry, values["alias"], bundle, same_person=values["same_person"], **files)
     now = champion(entry.name, values["alias"])
-    calls = planned(entry, values["alias"], endpoint=values["endpoint"], target=values["target"], settings={"port": values["port"], "options": values["options"]},
-                    approvals=[a.id for a in yes])
+    calls = planned(entry, values["alias"], bundle, endpoint=values["endpoint"], target=values["target"], approvals=[a.id for a in yes],
+                    settings={"port": values["port"], "options": values["options"]})
     plan = {"name": entry.name, "environment": values["alias"], "endpoint": values["endpoint"], "from": now and now.release, "to": entry.release}
     told = [f"would bring {entry.release} into force in {entry.name}@{values['alias']}, endpoint {values['endpoint']}", f"now: {plan['from'] or 'nothing'}",
             f"approvals: {', '.join(f'{a.kind} {a.id} by {a.by}' for a in yes) or 'none asked for'}", *map(str, calls)]

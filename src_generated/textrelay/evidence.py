@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .approvals import Approval, approvals
+from .approvals import Approval, approvals, held_against
 from .cache import FOUND
 from .core import atomic_write, project_root, read_json
 from .exchange import consume, load_dataset, store, unreachable
@@ -532,7 +532,7 @@ def _check(line: str) -> dict[str, str]:
 def _about(release: Release, signers: Path) -> list[Approval]:
     "Approvals of this release and of its build, and what revokes them; those count that `releases.permit` would count."
     asked = {("promote", release.digest): {"verdict": "PASS"}, ("build", release.origin.get("commit")): _built(release)}
-    given = [replace(a, problem=a.problem or _other(a, asked[a.kind, a.subject])) if (a.kind, a.subject) in asked else a for a in approvals(signers)]
+    given = [_held(a, asked[a.kind, a.subject]) if (a.kind, a.subject) in asked else a for a in approvals(signers)]
     mine = {a.id for a in given if (a.kind, a.subject) in asked}
     return [a for a in given if (a.kind, a.subject) in asked or (a.kind == "revoke" and a.subject in mine)]
 
@@ -550,11 +550,10 @@ def _built(release: Release) -> dict[str, str] | None:
     return facts | ({"files": "not committed"} if release.origin.get("dirty") else {})  # no approval is about those
 
 
-def _other(approval: Approval, facts: Mapping[str, str] | None) -> str:
+def _held(approval: Approval, facts: Mapping[str, str] | None) -> Approval:
     if facts is None:
-        return "nobody can tell whether it is about this build: its runs were deleted"
-    other = [k for k, v in facts.items() if approval.facts.get(k) != v]
-    return "is about other " + ", ".join(other) if other else ""
+        return replace(approval, problem=approval.problem or "nobody can tell whether it is about this build: its runs were deleted")
+    return held_against(approval, facts)
 
 # %% ../../nbs/lib/58_evidence.ipynb #e0d6ea93
 def page(

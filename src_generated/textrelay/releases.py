@@ -197,6 +197,7 @@ def _known(version: str, environment: str, approvals: Sequence[str]) -> dict[str
 def plan(
     entry: Entry,                                # what is to be promoted
     environment: str,
+    bundle: Bundle,                              # of it
     *,
     endpoint: str,
     target: Any = None,                          # as for `promote`
@@ -208,7 +209,7 @@ def plan(
     _nobody_elses(entry.name, environment, endpoint, target)
     if not isinstance(where, SageMakerTarget):
         return []
-    return where.plan(bundle_of(entry).path, endpoint, facts=_known(entry.version, environment, approvals), **(settings or {}))
+    return where.plan(bundle.path, endpoint, facts=_known(entry.version, environment, approvals), **(settings or {}))
 
 
 def _prove(running: Any, release: str, bundle: Bundle, where: Any) -> None:

@@ -62,7 +62,7 @@ def _told(name: str, states: Sequence[State], previous: dict[str, Any] | None = 
         {"share": share, "facts": {"release": first.facts["candidate"]}} if first.facts.get("candidate") else None,
         {"facts": {"release": first.facts["shadow"]}} if first.facts.get("shadow") else None, previous,
         {s.region: {"status": s.status, "release": s.release, "config": s.config, "good": s.good, "variants": s.variants, "shadow": s.shadow, "reason": s.reason}
-         for s in states}, [])
+         for s in states})
 
 # %% ../../nbs/lib/51_sagemaker.ipynb #c1c00bab
 class SageMakerTarget:

@@ -180,7 +180,7 @@ def _is_free(port: int, within_s: float = 0) -> bool:
         time.sleep(0.02)
 
 
-def _bound(port: int) -> socket.socket | None:
+def _listen(port: int) -> socket.socket | None:
     "A socket on a port, which nobody else gets from now on; None: it is taken."
     s = socket.socket()
     s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port whose last connections linger is free
@@ -241,7 +241,7 @@ class LocalTarget:
         what, known = deployable(bundle, facts, share)
         release = str(known["release"])
         with self._lock():
-            old = self._read(name)
+            old = self.find(name)
             aside = shadow or share < 1
             if aside and not (old and old.status == "running"):
                 raise ValueError(f"endpoint {name!r} does not run: a candidate or a shadow needs a current release beside it; deploy one with share 1 first")
@@ -322,15 +322,23 @@ class LocalTarget:
 
     def endpoints(self) -> list[Endpoint]:
         "All endpoints, by name, with their present status."
-        found = [self._read(path.stem) for path in sorted(self.folder.glob("*.json"))]
+        found = [self.find(path.stem) for path in sorted(self.folder.glob("*.json"))]
         return [e for e in found if e]
 
     def find(
         self,
         name: str,          # of an endpoint
     ) -> Endpoint | None:   # None: there is no such
-        "An endpoint with its present status."
-        return self._read(name)
+        "An endpoint as it is now. A front that is busy answers late, and is not to be taken for dead: whoever deploys then would end it with what it has in hand."
+        try:
+            e = Endpoint(**read_json(self.folder / f"{name}.json"))
+        except FileNotFoundError:
+            return None
+        release = _ping(e.url, 5) if _is_ours(e.pid, self._settings(name), e.port) else None
+        if release and release not in e.releases:  # a deployment was cut off after its release had taken over
+            with contextlib.suppress(RuntimeError):
+                e = replace(e, release=release, facts=self._control(e, "status")["variants"]["current"]["facts"], candidate=None, shadow=None, previous=e.facts)
+        return replace(e, status="running" if release in e.releases else "dead")
 
     def status(
         self,
@@ -378,21 +386,9 @@ class LocalTarget:
         return replace(now, release=facts["release"], facts=facts, started=_now(), candidate=None, shadow=None, previous=previous, options=dict(options))
 
     def _known(self, name: str) -> Endpoint:
-        if not (endpoint := self._read(name)):
+        if not (endpoint := self.find(name)):
             raise ValueError(f"no endpoint {name!r}; there are {[e.name for e in self.endpoints()] or 'none'}")
         return endpoint
-
-    def _read(self, name: str) -> Endpoint | None:
-        "As it is now. A front that is busy answers late, and is not to be taken for dead: whoever deploys then would end it with what it has in hand."
-        try:
-            e = Endpoint(**read_json(self.folder / f"{name}.json"))
-        except FileNotFoundError:
-            return None
-        release = _ping(e.url, 5) if _is_ours(e.pid, self._settings(name), e.port) else None
-        if release and release not in e.releases:  # a deployment was cut off after its release had taken over
-            with contextlib.suppress(RuntimeError):
-                e = replace(e, release=release, facts=self._control(e, "status")["variants"]["current"]["facts"], candidate=None, shadow=None, previous=e.facts)
-        return replace(e, status="running" if release in e.releases else "dead")
 
     def _copy(self, name: str, release: str) -> Path:
         return self.folder / name / release.removeprefix("sha256:")[:16]
@@ -410,10 +406,10 @@ class LocalTarget:
             return old.port, None
         owned = {e.port for e in self.endpoints()}
         if port is None:
-            return next((p, s) for p in range(8080, 65536) if p not in owned and (s := _bound(p)))
-        if port in owned or not _is_free(port):
+            return next((p, s) for p in range(8080, 65536) if p not in owned and (s := _listen(p)))
+        if port in owned or not (listener := _listen(port)):
             raise RuntimeError(f"port {port} is in use; name another one, or none to get one that is free")
-        return port, None
+        return port, listener
 
     def _wanted(self, e: Endpoint) -> dict[str, Any]:
         "An endpoint as `serving.Settings`."
@@ -476,7 +472,7 @@ class LocalTarget:
 
     def _clean(self, name: str) -> None:
         "Remove what no release needs any more."
-        endpoint = self._read(name)
+        endpoint = self.find(name)
         if not endpoint:
             shutil.rmtree(self.folder / name, ignore_errors=True)
             return
