@@ -18,59 +18,77 @@ from .core import read_json
 from .pieces import head_and_tail
 
 BATCH = 16  # rows scored together, after sorting by length
-WIDEN_S = 1.0  # seconds after its start OpenVINO makes the network for a call that is alone
-WIDE_PIECES = 128  # most word pieces of a call that is made wide: longer ones gained nothing measurable, and each width costs memory
+WIDEN_S = 1.0  # seconds after its start an engine is made for a call that is alone
+WIDE = {"onnxruntime": 256, "openvino": 128}  # most word pieces of a call that is made wide: longer ones gain little in OpenVINO, and cost memory in both
 CROWDED_S = 0.1  # seconds after two calls at the same time in which a call is not taken for one that is alone
 Batch = dict[str, np.ndarray]  # input name -> table of rows and pieces
+Engine = Callable[[Batch], np.ndarray]  # -> logits
 
 # %% auto #0
-__all__ = ['BATCH', 'WIDEN_S', 'WIDE_PIECES', 'CROWDED_S', 'Batch', 'ENGINES', 'ExportedClassifier']
+__all__ = ['BATCH', 'WIDEN_S', 'WIDE', 'CROWDED_S', 'Batch', 'Engine', 'ENGINES', 'ExportedClassifier']
 
 # %% ../../nbs/lib/21_runtime.ipynb #2b23b566
-def _onnxruntime(path: Path, precision: str, threads: int) -> Callable[[Batch], np.ndarray]:
+def _onnxruntime(path: Path, precision: str, threads: int) -> Engine:
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # a thread that waits for work would keep others from theirs
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path / "model.onnx"), options, providers=["CPUExecutionProvider"])
-    return lambda batch: session.run(["logits"], batch)[0]
+    def session(wide: int) -> Engine:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = wide, 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # a thread that waits for work would keep others from theirs
+        options.log_severity_level = 3
+        run = onnxruntime.InferenceSession(str(path / "model.onnx"), options, providers=["CPUExecutionProvider"]).run
+        return lambda batch: run(["logits"], batch)[0]
+
+    return _by_load(session(1), lambda: session(threads), threads, WIDE["onnxruntime"])
 
 
-def _openvino(path: Path, precision: str, threads: int) -> Callable[[Batch], np.ndarray]:
+def _openvino(path: Path, precision: str, threads: int) -> Engine:
     try:
         import openvino
     except ModuleNotFoundError:
         raise ModuleNotFoundError(f"{path}: made for OpenVINO, which is not installed; pip install 'textrelay[openvino]'", name="openvino") from None
     core = openvino.Core()
-    hint = {"INFERENCE_PRECISION_HINT": "bf16" if "bfloat16" in precision else "f32", "INFERENCE_NUM_THREADS": threads,
-            "ENABLE_CPU_PINNING": False}  # every process would take the first core for itself
-    model = core.compile_model(str(path / "model.xml"), "CPU", {**hint, "NUM_STREAMS": threads})
-    idle, wide, turn, busy, crowded = SimpleQueue[Any](), SimpleQueue[Any](), Lock(), 0, 0.0
-    for _ in range(threads):
-        idle.put(model.create_infer_request())
 
-    def widen() -> None:
-        wide.put(core.compile_model(str(path / "model.xml"), "CPU", {**hint, "NUM_STREAMS": 1}).create_infer_request())
+    def network(calls: int) -> Engine:
+        model = core.compile_model(str(path / "model.xml"), "CPU", {
+            "INFERENCE_PRECISION_HINT": "bf16" if "bfloat16" in precision else "f32", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": calls,
+            "ENABLE_CPU_PINNING": False})  # every process would take the first core for itself
+        idle = SimpleQueue[Any]()
+        for _ in range(calls):
+            idle.put(model.create_infer_request())
 
-    if threads > 1:
-        later = Timer(WIDEN_S, widen)  # what starts must not wait for it
-        later.daemon = True
-        later.start()
+        def run(batch: Batch) -> np.ndarray:
+            request = idle.get()
+            try:
+                return np.array(request.infer(batch)[0])  # a copy: a request holds the tensors of one call
+            finally:
+                idle.put(request)
+
+        return run
+
+    return _by_load(network(threads), lambda: network(1), threads, WIDE["openvino"])
+
+
+def _by_load(shared: Engine, widen: Callable[[], Engine], threads: int, most: int) -> Engine:
+    "Calls at the same time take `shared`, with one thread each; one that is alone, of at most `most` pieces, takes what `widen` makes, with all threads."
+    if threads == 1:
+        return shared
+    wide: list[Engine] = []
+    turn, busy, crowded = Lock(), 0, 0.0
+    later = Timer(WIDEN_S, lambda: wide.append(widen()))  # what starts must not wait for it
+    later.daemon = True
+    later.start()
 
     def run(batch: Batch) -> np.ndarray:
         nonlocal busy, crowded
         with turn:
             now = time.monotonic()
             crowded = now if busy else crowded
-            requests = idle if now - crowded < CROWDED_S or wide.empty() or batch["input_ids"].size > WIDE_PIECES else wide
+            alone = wide and now - crowded >= CROWDED_S and batch["input_ids"].size <= most
             busy += 1
-        request = requests.get()
         try:
-            return np.array(request.infer(batch)[0])  # a copy: a request holds the tensors of one call
+            return (wide[0] if alone else shared)(batch)
         finally:
-            requests.put(request)
             with turn:
                 busy -= 1
 
