@@ -19,7 +19,7 @@ from .pieces import head_and_tail
 
 BATCH = 16  # rows scored together, after sorting by length
 WIDEN_S = 1.0  # seconds after its start an engine is made for a call that is alone
-WIDE = {"onnxruntime": 256, "openvino": 128}  # most word pieces of a call that is made wide: longer ones gain little in OpenVINO, and cost memory in both
+WIDE = {"onnxruntime": 256, "openvino": 128}  # most word pieces of a single row that is scored wide: longer ones gain little in OpenVINO, and cost memory in both
 CROWDED_S = 0.1  # seconds after two calls at the same time in which a call is not taken for one that is alone
 Batch = dict[str, np.ndarray]  # input name -> table of rows and pieces
 Engine = Callable[[Batch], np.ndarray]  # -> logits
@@ -70,7 +70,7 @@ def _openvino(path: Path, precision: str, threads: int) -> Engine:
 
 
 def _by_load(shared: Engine, widen: Callable[[], Engine], threads: int, most: int) -> Engine:
-    "Calls at the same time take `shared`, with one thread each; one that is alone, of at most `most` pieces, takes what `widen` makes, with all threads."
+    "Calls at the same time take `shared`, with one thread each; one that is alone, of many rows or at most `most` pieces, takes what `widen` makes, with all threads."
     if threads == 1:
         return shared
     wide: list[Engine] = []
@@ -84,7 +84,8 @@ def _by_load(shared: Engine, widen: Callable[[], Engine], threads: int, most: in
         with turn:
             now = time.monotonic()
             crowded = now if busy else crowded
-            alone = wide and now - crowded >= CROWDED_S and batch["input_ids"].size <= most
+            rows, pieces = batch["input_ids"].shape
+            alone = wide and now - crowded >= CROWDED_S and (rows > 1 or pieces <= most)
             busy += 1
         try:
             return (wide[0] if alone else shared)(batch)
