@@ -9,9 +9,10 @@ import importlib.util
 import logging
 import os
 import shutil
-import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from timeit import timeit
 from typing import Any
 
 import numpy as np
@@ -153,20 +154,11 @@ def _among_others(scorer: ExportedClassifier, texts: Sequence[str]) -> np.ndarra
 
 def _times(built: dict[str, ExportedClassifier], texts: Sequence[str], rounds: int) -> dict[str, dict[str, float]]:
     sample = sorted(texts, key=len)[:: -(-len(texts) // TIMED)]  # evenly over the lengths
-    alone, together = ({engine: np.full((rounds, n), np.nan) for engine in built} for n in (len(sample), 1))
-    for k in range(rounds):
-        for engine, scorer in built.items():
-            for n, text in enumerate(sample):
-                alone[engine][k, n] = _took(scorer, [text])
-            together[engine][k] = _took(scorer, sample) / len(sample)
+    calls = [*([text] for text in sample), sample]
+    turns = [{engine: [timeit(partial(scorer.predict_proba, call, BATCH), number=1) for call in calls] for engine, scorer in built.items()} for _ in range(rounds)]
     # The least of the rounds, row by row: what else the machine does can only add to a row's time.
-    return {e: {"ms": 1000 * float(alone[e].min(axis=0).mean()), "ms_batch": 1000 * float(together[e].min())} for e in built}
-
-
-def _took(scorer: ExportedClassifier, texts: Sequence[str]) -> float:
-    start = time.perf_counter()
-    scorer.predict_proba(texts, BATCH)
-    return time.perf_counter() - start
+    least = {engine: 1000 * np.min([turn[engine] for turn in turns], axis=0) for engine in built}
+    return {engine: {"ms": float(t[:-1].mean()), "ms_batch": float(t[-1]) / len(sample)} for engine, t in least.items()}
 
 
 def _objections(row: dict[str, Any], metric: str) -> list[str]:
