@@ -47,7 +47,7 @@ def stage_run(folder: Path, stage: str, number: str, params: dict[str, str], res
     from textrelay.exchange import experiment, store
 
     client = store()
-    told = {"stage": stage, "notebook": f"nbs/stages/{stage}.ipynb", "key_of": f'{{"params": "sha256:{stage}"}}',
+    told = {"stage": stage, "notebook": f"nbs/stages/{stage}.ipynb", "key_of": f'{{"params": "sha256:{stage}", "notebook": "sha256:{stage} cells"}}',
             "commit": COMMITS[number], "dirty": "false", "verdict": "PASS", **tags}
     run_id = str(client.create_run(experiment(), tags={"mlflow.user": "robin", **{f"textrelay.{k}": v for k, v in told.items()}}).info.run_id)
     for name, value in params.items():
@@ -121,7 +121,9 @@ def approved(state: Path, releases: dict[str, str]) -> None:
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(state / who)], check=True)
     signers = state / "signers"
     signers.write_text("".join(f'{who}@acme.example namespaces="textrelay" {(state / f"{who}.pub").read_text()}' for who in ("ann", "bob")))
-    built = {"data": Release.find(releases["2"]).origin["dataset"], **{stage: f"sha256:{stage}" for stage in ("train", "test", "wrap")}}
+    built = {"data": Release.find(releases["2"]).origin["dataset"]}
+    for stage in ("train", "test", "wrap"):
+        built |= {stage: f"sha256:{stage}", f"{stage} notebook": f"sha256:{stage} cells"}
     approve("build", COMMITS["2"], by="ann@acme.example", key=state / "ann", reason="reviewed & read", allowed_signers=signers, facts=built)
     other = {**built, "data": "sha256:other", "train": "sha256:other"}
     approve("build", COMMITS["2"], by="bob@acme.example", key=state / "bob", reason="the same commit on other data", allowed_signers=signers, facts=other)

@@ -251,7 +251,8 @@ class Checkout:
         return subprocess.run(["git", *identity, *words], cwd=self.folder, check=True, capture_output=True, text=True).stdout.strip()
 
     def textrelay(self, *words: str, code: int = 0) -> str:
-        done = subprocess.run([sys.executable, "-m", "textrelay.cli", *words], cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=500)
+        command = [sys.executable, "-m", "textrelay.cli", *words]
+        done = subprocess.run(command, cwd=self.folder, env=self.env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=500)
         assert done.returncode == code, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout if code == 0 else done.stderr
 
@@ -331,6 +332,7 @@ def test_from_an_approved_build_to_production_and_back(checkout: Checkout) -> No
     checkout.textrelay("promote", "replies@staging", "params/production.yaml")
     assert in_production() == (better, better)
     assert "is production" in checkout.textrelay("deploy", "models:/replies@previous", "replies-production", code=3)
+    assert "Delete it?" in checkout.textrelay("endpoints", "replies-production", "--delete", code=1) and in_production() == (better, better), "nobody said yes"
     assert first in checkout.textrelay("rollback", "replies-production", "--dry-run") and in_production() == (better, better)
     assert first in checkout.textrelay("rollback", "replies-production")
     assert in_production() == (first, first)

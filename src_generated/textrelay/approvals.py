@@ -5,14 +5,12 @@
 # %% ../../nbs/lib/32_approvals.ipynb #bfbc3136
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import subprocess
 import tempfile
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -39,7 +37,7 @@ class Approval:
     made: datetime
     expires: datetime
     facts: dict[str, Any] = field(default_factory=dict)  # digests that it is about, too
-    key: str = ""           # fingerprint of the public key that signed it, as `ssh-keygen -l` shows it
+    key: str = ""           # fingerprint of the key that signed it, as `ssh-keygen -l` shows it; of a certificate: of the key in it
     problem: str = ""       # why it does not count; '' if it does
 
 # %% auto #0
@@ -74,10 +72,11 @@ def approve(
     signed = subprocess.run(["ssh-keygen", "-Y", "sign", "-q", "-f", str(key), "-n", NAMESPACE], input=statement, capture_output=True, text=True)
     if signed.returncode:
         raise ValueError(f"key {key}: {signed.stderr.strip().splitlines()[-1] if signed.stderr.strip() else 'cannot sign'}; name your SSH key with --key")
-    if problem := _forged(statement, signed.stdout, by, allowed_signers):
-        raise ValueError(f"{by}: {problem}; whoever may approve is listed in {allowed_signers}")
+    approval = _read(statement, signed.stdout, allowed_signers)
+    if approval.problem:
+        raise ValueError(f"{by}: {approval.problem}; whoever may approve is listed in {allowed_signers}")
     store().create_run(experiment(APPROVALS), run_name=f"{kind} {subject[:19]}", tags={_STATEMENT: statement, _SIGNATURE: signed.stdout})
-    return _read(statement, signed.stdout)
+    return approval
 
 
 def _given(begins: str, allowed_signers: str | Path, now: datetime | None) -> str:
@@ -91,33 +90,26 @@ def _given(begins: str, allowed_signers: str | Path, now: datetime | None) -> st
     return fits[0]
 
 
-def _forged(statement: str, signature: str, by: str, allowed_signers: str | Path) -> str:
+def _signed_with(statement: str, signature: str, by: str, allowed_signers: str | Path) -> str:
+    "Fingerprint of the key, as the verification tells it; '' if it fails."
     if not Path(allowed_signers).is_file():
         line = f'ann@acme.example namespaces="{NAMESPACE}" ssh-ed25519 AAAA…'
         raise FileNotFoundError(f"{allowed_signers}: no such file; it lists who may approve, in lines such as: {line}")
     with tempfile.NamedTemporaryFile("w", suffix=".sig") as file:
         file.write(signature)
         file.flush()
-        words = ["ssh-keygen", "-Y", "verify", "-q", "-f", str(allowed_signers), "-I", by, "-n", NAMESPACE, "-s", file.name]
+        words = ["ssh-keygen", "-Y", "verify", "-f", str(allowed_signers), "-I", by, "-n", NAMESPACE, "-s", file.name]
         done = subprocess.run(words, input=statement, capture_output=True, text=True)
-    return "" if done.returncode == 0 else "the signature is not by a key of that person, or the statement was changed"
+    return done.stdout.split()[-1] if done.returncode == 0 else ""
 
 
-def _fingerprint(signature: str) -> str:
-    "Of the public key in an SSH signature: 'SSHSIG', a version, then the key with its length (OpenSSH's PROTOCOL.sshsig); '' if there is none."
-    try:
-        content = base64.b64decode("".join(line for line in signature.splitlines() if not line.startswith("-----")))
-    except ValueError:
-        return ""
-    key = content[14 : 14 + int.from_bytes(content[10:14], "big")]
-    return "SHA256:" + base64.b64encode(hashlib.sha256(key).digest()).decode().rstrip("=") if key else ""
-
-
-def _read(statement: str, signature: str) -> Approval:
+def _read(statement: str, signature: str, allowed_signers: str | Path) -> Approval:
     value: dict[str, Any] = json.loads(statement)
     made, expires = (datetime.fromisoformat(value[k]) for k in ("made", "expires"))
     words: dict[str, Any] = {k: value[k] for k in ("id", "kind", "subject", "by", "reason", "facts")}
-    return Approval(made=made, expires=expires, key=_fingerprint(signature), **words)
+    key = _signed_with(statement, signature, words["by"], allowed_signers)
+    problem = "" if key else "the signature is not by a key of that person, or the statement was changed"
+    return Approval(made=made, expires=expires, key=key, problem=problem, **words)
 
 # %% ../../nbs/lib/32_approvals.ipynb #b5e44436
 def approvals(
@@ -132,17 +124,12 @@ def approvals(
     for run in runs:
         statement, signature = run.data.tags.get(_STATEMENT, ""), run.data.tags.get(_SIGNATURE, "")
         try:
-            approval = _read(statement, signature)
+            found.append(_read(statement, signature, allowed_signers))
         except (ValueError, KeyError, TypeError):
             continue  # not a statement at all
-        found.append(_with(approval, problem=_forged(statement, signature, approval.by, allowed_signers)))
     latest = max([clock, *(a.made for a in found if not a.problem and a.made <= clock + SKEW)])
     revoked = {a.subject: a for a in found if a.kind == "revoke" and not a.problem}
-    return [_with(a, problem=a.problem or _void(a, clock, latest, revoked.get(a.id))) for a in found]
-
-
-def _with(approval: Approval, problem: str) -> Approval:
-    return Approval(**{**vars(approval), "problem": problem})
+    return [replace(a, problem=a.problem or _void(a, clock, latest, revoked.get(a.id))) for a in found]
 
 
 def _void(approval: Approval, clock: datetime, latest: datetime, revoked: Approval | None) -> str:
@@ -159,7 +146,7 @@ def held_against(
 ) -> Approval:                 # with the problem that it is about others
     "An approval counts for the very digests that it names."
     other = [k for k, v in facts.items() if approval.facts.get(k) != v]
-    return _with(approval, problem="is about other " + ", ".join(other)) if other and not approval.problem else approval
+    return replace(approval, problem="is about other " + ", ".join(other)) if other and not approval.problem else approval
 
 
 def require(

@@ -27,25 +27,31 @@ FOUND = "textrelay.found"   # tag: what moving names pointed at when the stage b
 SIGNING_KEY = "TEXTRELAY_SIGNING_KEY"  # environment variable: file or text of the key that signs a bundle
 
 # %% auto #0
-__all__ = ['KEY', 'PARTS', 'FOUND', 'SIGNING_KEY', 'stage_key', 'found', 'Earlier', 'earlier']
+__all__ = ['KEY', 'PARTS', 'FOUND', 'SIGNING_KEY', 'notebook_digest', 'stage_key', 'found', 'Earlier', 'earlier']
 
 # %% ../../nbs/lib/55_cache.ipynb #a40da578
+def notebook_digest(
+    notebook: str | Path,        # file
+) -> str:                        # of what its cells do, not of their outputs
+    "What a stage's notebook is."
+    import nbformat
+
+    return digest_json([[c.cell_type, c.source, c.metadata.get("tags", [])] for c in nbformat.read(notebook, as_version=4).cells])
+
+
 def stage_key(
     notebook: str | Path,        # the stage's notebook
     values: Mapping[str, Any],   # its effective parameters, results of earlier stages included
     root: str | Path,            # the project's top folder
 ) -> dict[str, str]:             # code, notebook, params, inputs, lock -> digest
     "What the result of a stage follows from."
-    import nbformat
-
     package = Path(str(importlib.util.find_spec("textrelay").origin)).parent  # type: ignore[union-attr]
-    cells = [[c.cell_type, c.source, c.metadata.get("tags", [])] for c in nbformat.read(notebook, as_version=4).cells]
     params = {k: v for k, v in values.items() if not _is_result(v)}
     inputs = {k: v for k, v in values.items() if _is_result(v)} | dict(sorted(set(_contents(params, Path(root)))))
-    if any(SIGNING_KEY in source for _, source, _ in cells):  # what was sealed without a key, or with another one, is not what is asked for
+    if SIGNING_KEY in Path(notebook).read_text(encoding="utf-8"):  # what was sealed without a key, or with another one, is not what is asked for
         inputs[SIGNING_KEY] = _signing_key(Path(root))
     return {
-        "code": _source(package), "notebook": digest_json(cells), "params": digest_json(params), "inputs": digest_json(inputs),
+        "code": _source(package), "notebook": notebook_digest(notebook), "params": digest_json(params), "inputs": digest_json(inputs),
         "lock": digest_bytes(f"python=={sys.version}\n{environment_lock()}".encode()),
     }
 

@@ -217,25 +217,28 @@ def shift(name: str, share: float, params: str | None, as_json: bool) -> None:
     _endpoint(_place(params).shift(name, share), as_json)
 
 
-def _not_production(name: str, params: str | None) -> None:
-    from textrelay.core import Refused
+def _is_production(name: str, params: str | None) -> bool:
     from textrelay.targets import LocalTarget
 
     if params:
         from textrelay.releases import find_environment
 
-        is_production = (find_environment(name) or ("", ""))[1] == "production"
-    else:
-        serving = LocalTarget().find(name)
-        is_production = bool(serving and serving.facts.get("environment") == "production")
-    if is_production:
+        return (find_environment(name) or ("", ""))[1] == "production"
+    serving = LocalTarget().find(name)
+    return bool(serving and serving.facts.get("environment") == "production")
+
+
+def _not_production(name: str, params: str | None) -> None:
+    from textrelay.core import Refused
+
+    if _is_production(name, params):
         raise Refused(f"endpoint {name} is production: only what is approved gets there, with textrelay promote, or back with textrelay rollback")
 
 
 @main.command()
 @click.argument("name", required=False)
 @click.option("--start", is_flag=True, help="Start it, anew if it runs.")
-@click.option("--delete", is_flag=True, help="Stop it and forget it; its recordings stay.")
+@click.option("--delete", is_flag=True, help="Stop it and forget it; its recordings stay. Asks first if it is production.")
 @_where
 @_json
 def endpoints(name: str | None, start: bool, delete: bool, params: str | None, as_json: bool) -> None:
@@ -250,6 +253,8 @@ def endpoints(name: str | None, start: bool, delete: bool, params: str | None, a
             raise click.UsageError("--start is of this machine's endpoints; SageMaker keeps its own running")
         return _endpoint(target.start(str(name)), as_json)
     if delete:
+        if _is_production(str(name), params):
+            click.confirm(f"{name} is production; whoever asks it gets no answer any more. Delete it?", abort=True, err=True)
         target.delete(str(name))
         click.echo(f"deleted {name}", err=True)
     elif name:

@@ -41,9 +41,12 @@ def built_from(
     entry: Entry,         # registered version
     bundle: Bundle,       # of it
 ) -> dict[str, str]:      # digests of the parameters of each stage, and of the data
-    "What an approval of its build must be about, beside the commit."
-    parts = {stage: _parts(run) for stage, run in _stages(entry).items()}
-    return {"data": str(read_json(bundle.path / "provenance.json")["dataset"]), **{stage: of.get("params", "unknown") for stage, of in parts.items()}}
+    "What an approval of its build must be about, beside the commit; the same names as in `stages.build_facts`."
+    facts = {"data": str(read_json(bundle.path / "provenance.json")["dataset"])}
+    for stage, run in _stages(entry).items():
+        parts = _parts(run)
+        facts |= {stage: parts.get("params", "unknown"), f"{stage} notebook": parts.get("notebook", "unknown")}
+    return facts
 
 
 def _stages(entry: Entry) -> dict[str, Any]:

@@ -5,6 +5,7 @@
 # %% ../../nbs/lib/21_runtime.ipynb #26177d69
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 from .core import read_json
 from .pieces import head_and_tail
 
+log = logging.getLogger("textrelay.runtime")
 BATCH = 16  # rows scored together, after sorting by length
 WIDEN_S = 1.0  # seconds after its start an engine is made for a call that is alone
 WIDE = {"onnxruntime": 256, "openvino": 128}  # most word pieces of a single row that is scored wide: longer ones gain little in OpenVINO, and cost memory in both
@@ -25,7 +27,7 @@ Batch = dict[str, np.ndarray]  # input name -> table of rows and pieces
 Engine = Callable[[Batch], np.ndarray]  # -> logits
 
 # %% auto #0
-__all__ = ['BATCH', 'WIDEN_S', 'WIDE', 'CROWDED_S', 'Batch', 'Engine', 'ENGINES', 'ExportedClassifier']
+__all__ = ['log', 'BATCH', 'WIDEN_S', 'WIDE', 'CROWDED_S', 'Batch', 'Engine', 'ENGINES', 'ExportedClassifier']
 
 # %% ../../nbs/lib/21_runtime.ipynb #2b23b566
 def _onnxruntime(path: Path, precision: str, threads: int) -> Engine:
@@ -75,7 +77,14 @@ def _by_load(shared: Engine, widen: Callable[[], Engine], threads: int, most: in
         return shared
     wide: list[Engine] = []
     turn, busy, crowded = Lock(), 0, 0.0
-    later = Timer(WIDEN_S, lambda: wide.append(widen()))  # what starts must not wait for it
+
+    def make() -> None:
+        try:
+            wide.append(widen())
+        except Exception as e:  # no memory, or the model was deleted meanwhile
+            log.warning("each call has one thread, even one that is alone: the network could not be made a second time (%s)", e)
+
+    later = Timer(WIDEN_S, make)  # what starts must not wait for it
     later.daemon = True
     later.start()
 

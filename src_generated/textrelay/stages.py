@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .cache import FOUND, KEY, PARTS, Earlier, earlier, found, stage_key
+from .cache import FOUND, KEY, PARTS, Earlier, earlier, found, notebook_digest, stage_key
 from .core import Refused, StageError, digest_json, digest_tree, home, project_root, read_json, read_yaml, write_json
 from .exchange import PUBLICATIONS, environment, experiment, resolve, shown_uri, store, tracking_uri, unreachable
 from .provenance import commit, provenance
@@ -574,7 +574,7 @@ def _made(release: str) -> dict[str, Params]:
 def build_facts(
     wanted: Mapping[str, Params],  # stage -> parameters
     root: str | Path,              # the project's top folder
-) -> dict[str, str]:               # data, and each stage that makes something of it: digests
+) -> dict[str, str]:               # digests: data, and of each stage that makes something of it the parameters and the notebook
     "What an approval to build is about, beside the commit: not how it is deployed, so that staging and production have one."
     if not (dataset := wanted.get("train", {}).get("dataset")):
         raise ValueError("an approval to build is about the data, too; name the 'dataset' of the train stage in the params file")
@@ -582,13 +582,14 @@ def build_facts(
     placeholders: dict[str, Params] = {s: {} for s in STAGES}
     facts = {"data": digest_tree(path) if path.exists() else resolve(str(dataset)).digest}
     for stage in [s for s in STAGES[:-1] if s in wanted]:
-        values = effective(notebook_of(stage, Path(root)), _with_results(stage, dict(wanted), placeholders, Path(root)), stage)
-        facts[stage] = digest_json(_json({k: v for k, v in values.items() if k not in STAGES}))
+        notebook = notebook_of(stage, Path(root))
+        values = effective(notebook, _with_results(stage, dict(wanted), placeholders, Path(root)), stage)
+        facts |= {stage: digest_json(_json({k: v for k, v in values.items() if k not in STAGES})), f"{stage} notebook": notebook_digest(notebook)}
     return facts
 
 
 def _may_build(wanted: Mapping[str, Params], root: Path) -> None:
-    "Raise Refused unless somebody approved this commit, these parameters and these data. (What a deployment needs: `releases.permit`.)"
+    "Raise Refused unless somebody approved this commit, these notebooks, parameters and data. (What a deployment needs: `releases.permit`.)"
     from textrelay.approvals import require
 
     head, dirty = commit(root)
