@@ -34,9 +34,14 @@ def notebook_digest(
     notebook: str | Path,        # file
 ) -> str:                        # of what its cells do, not of their outputs
     "What a stage's notebook is."
+    return digest_json(_cells(notebook))
+
+
+def _cells(notebook: str | Path) -> list[list[Any]]:
+    "Kind, source and tags of each."
     import nbformat
 
-    return digest_json([[c.cell_type, c.source, c.metadata.get("tags", [])] for c in nbformat.read(notebook, as_version=4).cells])
+    return [[c.cell_type, c.source, c.metadata.get("tags", [])] for c in nbformat.read(notebook, as_version=4).cells]
 
 
 def stage_key(
@@ -48,10 +53,11 @@ def stage_key(
     package = Path(str(importlib.util.find_spec("textrelay").origin)).parent  # type: ignore[union-attr]
     params = {k: v for k, v in values.items() if not _is_result(v)}
     inputs = {k: v for k, v in values.items() if _is_result(v)} | dict(sorted(set(_contents(params, Path(root)))))
-    if SIGNING_KEY in Path(notebook).read_text(encoding="utf-8"):  # what was sealed without a key, or with another one, is not what is asked for
+    cells = _cells(notebook)
+    if any(SIGNING_KEY in source for _, source, _ in cells):  # what was sealed without a key, or with another one, is not what is asked for
         inputs[SIGNING_KEY] = _signing_key(Path(root))
     return {
-        "code": _source(package), "notebook": notebook_digest(notebook), "params": digest_json(params), "inputs": digest_json(inputs),
+        "code": _source(package), "notebook": digest_json(cells), "params": digest_json(params), "inputs": digest_json(inputs),
         "lock": digest_bytes(f"python=={sys.version}\n{environment_lock()}".encode()),
     }
 

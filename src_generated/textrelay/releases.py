@@ -40,7 +40,7 @@ def bundle_of(
 def built_from(
     entry: Entry,         # registered version
     bundle: Bundle,       # of it
-) -> dict[str, str]:      # digests of the parameters of each stage, and of the data
+) -> dict[str, str]:      # digests of the parameters and the notebook of each stage, and of the data
     "What an approval of its build must be about, beside the commit; the same names as in `stages.build_facts`."
     facts = {"data": str(read_json(bundle.path / "provenance.json")["dataset"])}
     for stage, run in _stages(entry).items():
