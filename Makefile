@@ -26,7 +26,7 @@ quickstart: .venv/installed  ## train, test, wrap and deploy the example; prints
 	textrelay run params/quickstart.yaml
 
 test: check unit  ## everything that must hold, under 15 minutes
-	pytest tests
+	pytest tests -n 2 --dist loadfile
 
 check: .venv/installed  ## notebooks clean, export a no-op, style, types
 	python tests/check_notebooks.py
@@ -41,6 +41,9 @@ chain: .venv/installed  ## the whole chain on a subset, up to a staging endpoint
 	textrelay smoke params/ci.yaml
 	textrelay evidence reply-intent@staging build/release.html
 
+# A part of the data must not become the staging of this checkout.
+chain: export TEXTRELAY_HOME ?= $(CURDIR)/build/chain
+
 soak: .venv/installed  ## what is too long for make test: training on all of the real data
 	pytest tests -m soak -s
 
@@ -52,6 +55,8 @@ lab: .venv/installed  ## JupyterLab on the notebooks; git diffs of them by nbdim
 	git config diff.jupyternotebook.command "$(CURDIR)/$(BIN)/git-nbdiffdriver diff"
 	jupyter lab nbs
 
-clean:  ## stop this checkout's endpoints and delete its state (.textrelay), not the environment
-	-@test -x $(BIN)/textrelay && for name in $$($(BIN)/textrelay endpoints --json | $(BIN)/python -c 'import json, sys; print(*[e["name"] for e in json.load(sys.stdin)])'); do $(BIN)/textrelay endpoints $$name --delete; done
+clean:  ## stop this checkout's endpoints and delete its state (.textrelay, build), not the environment
+	if test -x $(BIN)/textrelay; then for state in .textrelay build/chain; do if test -d $$state; then export TEXTRELAY_HOME=$$state; \
+	  names=$$(textrelay endpoints --json | python -c 'import json, sys; print(*[e["name"] for e in json.load(sys.stdin)])'); \
+	  for name in $$names; do textrelay endpoints $$name --delete; done; fi; done; fi
 	rm -rf .textrelay build
