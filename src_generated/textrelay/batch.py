@@ -42,7 +42,15 @@ def _message(row: Row, n: int, source: Path, text: str, label: str | None) -> Ro
     for column in (text, label):
         if column and column not in row and not (column == text and "raw" in row):
             raise ValueError(f"{source}, row {n}: no column {column!r}; it has {sorted(row)}")
-    return {**{k: row[k] for k in ("id", "raw", "subject") if row.get(k)}, **({"text": row[text]} if "raw" not in row else {})}
+    whole = "raw" in row and (row["raw"] not in (None, "") or row.get(text) in (None, ""))  # a table may have both columns, one of them empty in each row
+    if not whole and row[text] is None:
+        raise ValueError(f"{source}, row {n}: column {text!r} has no value; give it a text, '' if the message is empty, or leave the row out")
+    named = {k: row[k] for k in ("id", "subject", "headers") if row.get(k) not in (None, "")}
+    return {**named, **({"raw": row["raw"] or ""} if whole else {"text": row[text]})}
+
+
+def _label(row: Row, label: str | None) -> str:
+    return "" if label is None or row[label] is None else str(row[label])
 
 
 def score_rows(
@@ -98,6 +106,8 @@ def score_file(
         raise ValueError(f"{target}: scores are written as .csv, .jsonl, .ndjson or .parquet, not as {target.suffix or 'a file without ending'}")
     if target.is_dir():
         raise ValueError(f"{target}: is a folder; name the file to write")
+    if target.exists() and target.samefile(source):
+        raise ValueError(f"{target}: is the file with the messages, which the scores would replace; name another one")
     content = digest_file(source)
     of = digest_json([content, dataset, release, text, label, target.suffix])
     part, note = target.with_name(f"{target.name}.part"), target.with_name(f"{target.name}.part.json")
@@ -114,7 +124,7 @@ def score_file(
             progress(0, rows)
         for piece, read in _pieces(source, rows):
             items = [_message(row, n, source, text, label) for n, row in enumerate(piece, rows + 1)]
-            y = [str(row[label]) if label else "" for row in piece]
+            y = [_label(row, label) for row in piece]
             scored = score_rows(model, items, y, rows, dataset=dataset or content, release=release)
             written += out.write(_encoded(scored, target.suffix, header=rows == 0))
             out.flush()
@@ -244,7 +254,7 @@ def _score_part(tables: Iterable[Any], *, source: str, text: str, label: str | N
     for table in tables:
         rows = [{k: v for k, v in row.items() if v is not None} for row in table.astype(object).where(table.notna(), None).to_dict("records")]
         items = [_message(row, n, Path(source), text, label) for n, row in enumerate(rows, 1)]
-        yield pd.DataFrame(score_rows(model, items, [str(row[label]) if label else "" for row in rows], 0, dataset=dataset, release=release))
+        yield pd.DataFrame(score_rows(model, items, [_label(row, label) for row in rows], 0, dataset=dataset, release=release))
 
 
 @lru_cache(1)

@@ -36,7 +36,7 @@ __all__ = ['log', 'FILE_MB', 'BACKLOG', 'redact', 'to_event', 'Folder', 'Capture
 
 # %% ../../nbs/lib/44_capture.ipynb #21b72954
 _PATTERNS = (
-    (re.compile(r"[\w.!#$%&'*+/=?^`{|}~-]+@[\w-]+(?:\.[\w-]+)+"), "[address]"),
+    (re.compile(r"[\w.!#$%&'*+/=?^`{|}~-]{1,64}@[\w-]+(?:\.[\w-]+)+"), "[address]"),
     (re.compile(r"\b(?:https?://|ftp://|www\.)[^\s<>\"')\]]+", re.I), "[link]"),
     (re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,4})?\b"), "[number]"),  # IBAN, ISO 13616
     (re.compile(r"(?<![\w.])(?!\d{4}-\d\d-\d\d\b|\d\d?[./]\d\d?[./]\d{2,4}\b)\+?\(?\d(?:[\s().\-/]{0,2}\d){6,18}(?!\w)"), "[number]"),  # cards have 19
@@ -108,8 +108,10 @@ class Folder:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = open(path, "ab", buffering=0)  # noqa: SIM115
             self._open[variant] = hour, path, file
-        file.write(line)
-        self._size += len(line)
+        self._size += (written := file.write(line) or 0)
+        if written < len(line):
+            self.close(variant)  # the next event must not go on where this one broke off
+            raise OSError(f"{path}: only {written} of {len(line)} bytes were written")
         if self._size > self.most:
             self._make_room()
 
@@ -154,7 +156,7 @@ class Capture:
         path: str,
         most_mb: float,
         redact: str,        # dotted name of text -> text
-        outcomes: Counter,  # 'written' and 'dropped' requests
+        outcomes: Counter,  # 'offered' and 'dropped' requests
     ) -> Capture:
         "A recorder that is running."
         if not callable(dotted(redact)):
@@ -182,7 +184,7 @@ class Capture:
             return
         head = {"variant": variant, "type": content_type, "body": len(body), "predictions": len(predictions)}
         self._writer.write(frame(head, body + predictions + model))
-        self.outcomes.labels("written").inc()
+        self.outcomes.labels("offered").inc()
 
     async def close(self) -> None:
         "Let it write what it has, and end it."

@@ -239,14 +239,16 @@ def parse_mail(
     return Mail(subject, text.strip("\n"), source, headers, tuple(parts), tuple(dict.fromkeys(defects)))
 
 # %% ../../nbs/lib/01_mail.ipynb #7ba7b66d
-_LIBRARY_LIMIT = 50_000  # characters; quotequail needs 0.05 s there at worst, and minutes for megabytes
+_LIBRARY_LIMITS = 20_000, 1_000, 300  # characters, lines, and lines that look like a header: quotequail needs 0.3 s there at worst
+_LIKE_A_HEADER = re.compile(r"(?m)^\*?[-\w ]+:")
 
 
 def cut_with_quotequail(
     text: str,  # plain text of a whole mail
 ) -> str:       # may be empty
     "What quotequail takes for the reply: above the quoted thread, below it, or both."
-    found = quotequail.unwrap(text) if len(text) <= _LIBRARY_LIMIT else None
+    sizes = len(text), text.count("\n"), len(_LIKE_A_HEADER.findall(text))
+    found = quotequail.unwrap(text) if all(size <= most for size, most in zip(sizes, _LIBRARY_LIMITS, strict=True)) else None
     return "\n\n".join(found[key] for key in ("text_top", "text_bottom") if found.get(key)) if found else text
 
 # %% ../../nbs/lib/01_mail.ipynb #60fc76c3

@@ -108,9 +108,9 @@ YOUNG_S = 10.0    # a worker that dies younger than this was not well
 class _Job:
     header: Mapping[str, Any]
     body: bytes
+    timeout_s: float
     done: asyncio.Future[tuple[dict[str, Any], bytes]]
     deaths: int = 0
-    worker: _Worker | None = None  # that has it in hand
 
 
 class Pool:
@@ -155,17 +155,13 @@ class Pool:
         "Have a request answered. asyncio.QueueFull: too many wait; TimeoutError: not in time; ConnectionError: workers died of it."
         if len(self._jobs) >= self.queue:
             raise asyncio.QueueFull
-        job = _Job(header, body, asyncio.get_running_loop().create_future())
+        job = _Job(header, body, timeout_s, asyncio.get_running_loop().create_future())
         self._jobs.append(job)
         self._wake()
         self.pending += 1
         try:
             async with asyncio.timeout(timeout_s):
                 return await job.done
-        except TimeoutError:
-            if job.worker:
-                job.worker.kill()
-            raise
         finally:
             self.pending -= 1
             if job in self._jobs:  # given up while it waited
@@ -226,12 +222,15 @@ class Pool:
             jobs = await self._take(worker)
             worker.busy += 1
             worker.suspicious = jobs[0].deaths > 0
-            for job in jobs:
-                job.worker = worker
             replies: list[tuple[dict[str, Any], bytes]] = []
             try:
                 writer.write(pack((job.header, job.body) for job in jobs))
-                replies = unpack(*await _read(reader))
+                async with asyncio.timeout(max(job.timeout_s for job in jobs)):
+                    replies = unpack(*await _read(reader))
+            except TimeoutError:  # it hangs, and so would whatever it is given next
+                log.error("worker hangs", extra={"facts": {"pid": worker.process.pid, "bytes": [len(job.body) for job in jobs]}})
+                worker.kill()
+                return
             except (EOFError, OSError):
                 return
             finally:
@@ -244,7 +243,7 @@ class Pool:
             if not job.done.done():
                 job.done.set_result(reply)
         for job in reversed(jobs[len(replies) :]):  # the worker died with them
-            job.worker, job.deaths = None, job.deaths + 1
+            job.deaths += 1
             if job.deaths >= DEATHS and not job.done.done():
                 job.done.set_exception(ConnectionError(f"{job.deaths} workers died of one request"))
             if not job.done.done():

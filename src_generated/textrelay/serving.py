@@ -40,6 +40,23 @@ __all__ = ['log', 'Receive', 'Send', 'SMALL', 'Response', 'OPTIONS', 'Variant', 
            'main']
 
 # %% ../../nbs/lib/45_serving.ipynb #acfb4ca1
+def _check_fields(what: str, values: Any, kind: type[Any], *needed: str) -> None:
+    known = list(kind.__dataclass_fields__)
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{what}: expected an object with some of {known}, found {values!r}")
+    if unknown := sorted(set(values) - set(known)):
+        raise ValueError(f"{what}: unknown {unknown}; expected some of {known}")
+    if missing := [name for name in needed if name not in values]:
+        raise ValueError(f"{what}: {missing} missing")
+
+
+def _check_number(what: str, value: Any, low: float, high: float) -> None:
+    "A whole one, if the bounds are."
+    kinds = (int,) if isinstance(low, int) else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+        raise ValueError(f"{what} {value!r}: expected a {'whole ' if kinds == (int,) else ''}number, {low:,} to {high:,}")
+
+
 @dataclass(frozen=True)
 class Variant:
     "One model of an endpoint."
@@ -73,15 +90,20 @@ class Settings:
         values: Mapping[str, Any],  # as JSON has them
     ) -> Settings:
         "From JSON; what is wrong is a ValueError that names it."
-        if unknown := set(values) - set(cls.__dataclass_fields__):
-            raise ValueError(f"unknown settings {sorted(unknown)}; expected some of {sorted(cls.__dataclass_fields__)}")
+        _check_fields("settings", values, cls)
+        if not isinstance(values.get("variants", {}), Mapping):
+            raise ValueError(f"variants: expected an object of names and variants, found {values['variants']!r}")
+        given = {**values.get("variants", {}), **({"shadow": values["shadow"]} if values.get("shadow") else {})}
+        for name, v in given.items():
+            _check_fields(f"variant {name!r}", v, Variant, "path")
+            _check_number(f"variant {name!r}: weight", v.get("weight", 1.0), 0.0, 1e9)
         variants = {name: Variant(**v) for name, v in values.get("variants", {}).items()}
         made = cls(**{**values, "variants": variants, "shadow": Variant(**values["shadow"]) if values.get("shadow") else None})
-        if not variants or not sum(v.weight for v in variants.values()) > 0 or min(v.weight for v in variants.values()) < 0:
-            raise ValueError(f"weights {[v.weight for v in variants.values()]}: expected at least one variant, none below 0, not all 0")
-        for name, low, high in (("workers", 1, 64), ("threads", 0, 64), ("queue", 1, 100_000), ("timeout_s", 0, 3600), ("cache", 0, 10**8), ("capture", 0, 1)):
-            if not low <= getattr(made, name) <= high:
-                raise ValueError(f"{name} {getattr(made, name)!r}: expected {low} to {high}")
+        if not sum(v.weight for v in variants.values()) > 0:
+            raise ValueError(f"weights {[v.weight for v in variants.values()]}: expected at least one variant, not all 0")
+        for name, low, high in (("workers", 1, 64), ("threads", 0, 64), ("queue", 1, 100_000), ("timeout_s", 0.0, 3600.0), ("cache", 0, 10**8),
+                                ("max_bytes", 1, 2**31), ("max_rows", 1, 10**7), ("capture", 0.0, 1.0), ("capture_mb", 0, 10**7)):
+            _check_number(name, getattr(made, name), low, high)
         if made.capture and not made.capture_to:
             raise ValueError("capture: expected 'capture_to', the folder to record into")
         return made
@@ -137,7 +159,7 @@ class Metrics:
         self.labels = Counter("labels", "Labels given.", ["variant", "label"], **of)
         self.cached = Counter("cached_rows", "Messages answered from memory.", ["variant"], **of)
         self.shadow = Counter("shadow_rows", "Messages that the shadow answered too ('same' or 'other' label), or could not ('dropped', 'failed').", ["outcome"], **of)
-        self.captured = Counter("captured_requests", "Requests recorded ('written'), or not for want of speed ('dropped').", ["outcome"], **of)
+        self.captured = Counter("captured_requests", "Requests given to the recorder ('offered'), or not for want of speed ('dropped').", ["outcome"], **of)
 
     def count(self, variant: str, outcomes: Iterable[Sequence[Any]], labels: Mapping[str, int], cached: int) -> None:
         "Count the rows of an answer."
@@ -246,7 +268,8 @@ class Front:
             ending = [r.pool.close(patience_s) for r in old if r.pool not in now]
             if old_capture and old_capture is not capture:
                 ending.append(old_capture.close())
-            await asyncio.shield(self._later(asyncio.gather(*ending)))  # also when nobody waits for it any more
+            for end in ending:
+                self._later(end)  # whoever asked need not wait for what the old one still has in hand
 
     @property
     def _all(self) -> list[_Running]:
@@ -433,7 +456,7 @@ class Front:
         try:
             settings = Settings.of(json.loads(await _body(headers, receive, 2**20, 10)))
             await _unless_left(self.apply(settings), receive)
-        except (ValueError, TypeError, RuntimeError, OSError) as e:
+        except (ValueError, ImportError, RuntimeError, OSError) as e:
             raise _error(409, str(e)) from None
         return 200, encode(self.status()), {}
 

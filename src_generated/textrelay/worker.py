@@ -181,9 +181,11 @@ def _sendable(n: int, item: Any) -> Any:
 
 def _check(item: Any) -> None:
     fields = item if isinstance(item, dict) else {"text": item}
-    for name in ("id", "text", "raw", "subject"):
+    for name in ("id", "text", "raw", "subject", "headers"):
+        value = fields.get(name)
         try:
-            fields[name].encode() if isinstance(fields.get(name), str) else None
+            for text in (*value, *value.values()) if isinstance(value, dict) else (value,):
+                text.encode() if isinstance(text, str) else None
         except UnicodeEncodeError:
             raise ValueError(f"field {name!r}: half of a surrogate pair is not text; send UTF-8") from None
     if isinstance(item, dict):
@@ -281,10 +283,10 @@ def _differences(expected: dict[str, Any], answer: dict[str, Any], tolerance: fl
 def content(
     item: Any,  # a message
 ) -> str:       # a digest
-    "What two messages with the same answer have in common: all but the `id`."
+    "What two messages with the same answer have in common: all that a model reads of them, so not the `id`."
     if isinstance(item, bytes):
         return "raw:" + hashlib.sha256(item).hexdigest()
-    return digest_json({k: v for k, v in item.items() if k != "id"} if isinstance(item, Mapping) else {"text": item})
+    return digest_json({k: item[k] for k in ("text", "raw", "subject", "headers") if item.get(k) is not None} if isinstance(item, Mapping) else {"text": item})
 
 
 def identity(
@@ -318,9 +320,9 @@ def answer(
     jobs: Sequence[tuple[Mapping[str, Any], bytes]],  # requests: {type, max_rows, merge: score equal messages once, skip: positions that need no answer} and body
 ) -> list[tuple[dict[str, Any], bytes]]:  # for each {status} and, for 200, {rows, outcomes, labels} to count; a list of predictions, or an error
     "Answer some requests together."
-    read = [_read(*job) for job in jobs]
-    good = [r for r in read if isinstance(r, _Request)]
     try:
+        read = [_read(*job) for job in jobs]
+        good = [r for r in read if isinstance(r, _Request)]
         fresh = iter(model.answer([r.items[n] for r in good for n in r.first.values()]) if good else [])
         return [_reply(r, [next(fresh) for _ in r.first]) if isinstance(r, _Request) else r for r in read]
     except Exception as e:  # the last one who can keep the exception's words out of a log
