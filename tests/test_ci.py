@@ -141,6 +141,19 @@ def test_parameters_differ_in_deployment_settings_alone(name: str) -> None:
     assert (name == "production") == (here["deploy", "alias"] == "production") and here["wrap", "champion"] == "production"
 
 
+def test_the_params_file_of_readme_is_whole(tmp_path: Path) -> None:
+    written = re.search(r"```yaml\n# params/mine.yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    assert written
+    shutil.copy(ROOT / "params/quickstart.yaml", tmp_path)
+    (tmp_path / "mine.yaml").write_text(written[1])
+    given: dict[str, Any] = {"train": {}, "test": {}, "wrap": {}}
+    values = {stage: effective(notebook_of(stage, ROOT), {**{s: r for s, r in given.items() if s in declared(notebook_of(stage, ROOT))}, **wanted}, stage)
+              for stage, wanted in read_params(tmp_path / "mine.yaml").items()}
+    sample = in_force("quickstart")
+    for stage, name in (("train", "dataset"), ("train", "name"), ("wrap", "name"), ("wrap", "mail"), ("deploy", "endpoint"), ("deploy", "sample_mail")):
+        assert values[stage][name] != sample[stage, name], f"{stage}.{name} is still the sample's"
+
+
 def test_a_build_and_production_ask_for_a_yes() -> None:
     staging, production = in_force("staging"), in_force("production")
     assert staging["train", "allowed_signers"] == production["deploy", "allowed_signers"] == "ci/allowed_signers"
@@ -179,7 +192,7 @@ def test_circleci_commands_in_order_on_a_clean_clone(clone: Clone) -> None:
         clone.run("bash", "-euo", "pipefail", "-c", command)  # as CircleCI runs it
     assert time.monotonic() - started < 20 * 60
     assert "Executed notebooks" in (clone.folder / "build/release.html").read_text()
-    endpoint, = json.loads(clone.run(".venv/bin/textrelay", "endpoints", "--json"))
+    endpoint, = json.loads(clone.run(".venv/bin/textrelay", "endpoints", "--json", TEXTRELAY_HOME=str(clone.folder / "build/chain")))
     assert (endpoint["name"], endpoint["status"]) == ("reply-intent-staging", "running")
     clone.run("make", "clean")
 

@@ -21,6 +21,9 @@ __all__ = ['main', 'run', 'serve', 'verify', 'trace', 'deploy', 'shift', 'endpoi
            'rollback', 'status', 'show_log', 'smoke', 'evidence', 'rehearse', 'publish', 'consume', 'ui']
 
 # %% ../../nbs/lib/61_cli.ipynb #51850424
+_EXTRAS = {"aws": ("boto3", "botocore", "sagemaker", "moto", "werkzeug"), "spark": ("pyspark",), "openvino": ("openvino", "nncf")}  # extra -> what only it brings
+
+
 class _Verb(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         from textrelay.core import Refused
@@ -36,7 +39,8 @@ class _Verb(click.Command):
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except ModuleNotFoundError as e:
-            click.echo(f"error: {e.name} is not installed; this command needs an extra: pip install 'textrelay[train,track]'", err=True)
+            extra = next((x for x, names in _EXTRAS.items() if (e.name or "").split(".")[0] in names), "train,track")
+            click.echo(f"error: {e.name} is not installed; this command needs an extra: pip install 'textrelay[{extra}]'", err=True)
             ctx.exit(1)
         except Exception as e:
             if type(e).__module__.startswith("mlflow"):
@@ -94,7 +98,7 @@ def run(params: str, stage: str | None, from_run: str | None, settings: tuple[st
 
 
 def _overrides(settings: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    from ruamel.yaml import YAML
+    from ruamel.yaml import YAML, YAMLError
 
     found: dict[str, dict[str, Any]] = {}
     for setting in settings:
@@ -102,7 +106,10 @@ def _overrides(settings: tuple[str, ...]) -> dict[str, dict[str, Any]]:
         stage, dot, key = name.partition(".")
         if not (equals and dot and key):
             raise click.UsageError(f"--set {setting}: expected STAGE.NAME=VALUE, for example train.epochs=1")
-        found.setdefault(stage, {})[key] = YAML(typ="safe", pure=True).load(value)
+        try:
+            found.setdefault(stage, {})[key] = YAML(typ="safe", pure=True).load(value)
+        except YAMLError as e:
+            raise click.UsageError(f"--set {setting}: {value!r} is not YAML ({getattr(e, 'problem', None) or type(e).__name__})") from None
     return found
 
 
@@ -120,18 +127,18 @@ def _report(run_id: str, results: dict[str, dict[str, Any]]) -> str:
 
 # %% ../../nbs/lib/61_cli.ipynb #995bdefe
 @main.command()
-@click.argument("bundle", default="/opt/ml/model", type=click.Path(exists=True, file_okay=False))
+@click.argument("bundle", default="/opt/ml/model", metavar="[BUNDLE]")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 inside a container.")
 @click.option("--port", default=8080, show_default=True, type=click.IntRange(1, 65535), help="Port to listen on.")
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Processes, each with a copy of the model.")
 @click.option("--threads", default=0, type=click.IntRange(0), help="Of the engine in each (default: one a processor core, at most 8).")
 @click.option("--cache", default=10_000, show_default=True, type=click.IntRange(0), help="Answers to keep for exact duplicates; 0 for none.")
 def serve(bundle: str, host: str, port: int, workers: int, threads: int, cache: int) -> None:
-    """Serve a bundle or saved model in the foreground: GET /ping, POST /invocations (SageMaker's contract)."""
+    """Serve BUNDLE (a folder, or 'models:/name@alias'; SageMaker's /opt/ml/model if none is named) in the foreground: GET /ping, POST /invocations."""
     from textrelay.serving import Settings
     from textrelay.serving import serve as serve_forever
 
-    serve_forever(Settings.of({"variants": {"AllTraffic": {"path": bundle}}, "workers": workers, "threads": threads, "cache": cache}), host=host, port=port)
+    serve_forever(Settings.of({"variants": {"AllTraffic": {"path": str(_folder(bundle))}}, "workers": workers, "threads": threads, "cache": cache}), host=host, port=port)
 
 
 @main.command()
@@ -358,11 +365,24 @@ def _folder(model: str) -> Path:
 
     known = {e.name: e for e in LocalTarget().endpoints()}
     if model not in known:
-        raise ValueError(f"--model {model}: no such folder, and no endpoint of that name in {home()}; endpoints: {sorted(known) or 'none'}")
+        raise ValueError(f"{model}: no such folder, and no endpoint of that name in {home()}; endpoints: {', '.join(sorted(known)) or 'none'}. "
+                         "A registered model is named 'models:/name@alias'")
     return LocalTarget().bundle(model)
 
 # %% ../../nbs/lib/61_cli.ipynb #61c0de02
-_signers = click.option("--allowed-signers", default="ci/allowed_signers", show_default=True, type=click.Path(), help="File of those who may approve.")
+def _signers_file(context: click.Context, option: click.Parameter, value: str) -> str:
+    "That of the project, wherever in it the command is given; one that is named must be there."
+    from textrelay.core import project_root
+
+    if context.get_parameter_source(str(option.name)) is click.core.ParameterSource.DEFAULT:
+        return str(project_root() / value)
+    if not Path(value).is_file():
+        raise click.BadParameter(f"{value}: no such file", context, option)
+    return value
+
+
+_signers = click.option("--allowed-signers", default="ci/allowed_signers", show_default=True, type=click.Path(), callback=_signers_file,
+                        help="File of those who may approve; the default is the project's.")
 
 
 @main.command()
@@ -513,7 +533,10 @@ def show_log(allowed_signers: str, as_json: bool) -> None:
     """The whole story, oldest first: approvals, verdicts of gates, refusals, promotions, rollbacks, revocations."""
     from textrelay.releases import story
 
-    found = story(allowed_signers if Path(allowed_signers).is_file() else None)
+    known = Path(allowed_signers).is_file()
+    if not known:
+        click.echo(f"approvals are left out: {allowed_signers} is not there, and without it nobody can tell who signed", err=True)
+    found = story(allowed_signers if known else None)
     _say(found, as_json, "\n".join(f"{e['at'][:19].replace('T', ' ')}  {e['what']:18} {e['text']}" for e in found) or "nothing happened yet")
 
 # %% ../../nbs/lib/61_cli.ipynb #dd630d66
@@ -562,7 +585,8 @@ def evidence(release: str, out: str, allowed_signers: str | None) -> None:
 @click.option("--port", default=8900, show_default=True, type=click.IntRange(0, 65535), help="Port to listen on, of this machine alone; 0: any that is free.")
 @click.option("--speed", default=60.0, show_default=True, type=click.FloatRange(0, 100_000, min_open=True),
               help="How much faster than AWS's time goes: 60 makes a second of a minute.")
-def rehearse(port: int, speed: float) -> None:
+@click.option("--prepare", metavar="PARAMS", type=click.Path(exists=True, dir_okay=False), help="Make the buckets and images that the deploy.target of this file names.")
+def rehearse(port: int, speed: float, prepare: str | None) -> None:
     """Start a stand-in for AWS on this machine; whoever sets the variables that it prints deploys to it instead of AWS.
 
     SageMaker's models, endpoint configurations, endpoints (blue/green with canary and linear shifting, alarms, rollback, shadow variants, data capture)
@@ -575,10 +599,16 @@ def rehearse(port: int, speed: float) -> None:
     import signal
 
     from textrelay.rehearsal import Server
+    from textrelay.stages import read_params
 
+    wanted = read_params(prepare).get("deploy", {}).get("target") if prepare else None
+    if prepare and not (isinstance(wanted, dict) and "sagemaker" in wanted):
+        raise click.UsageError(f"--prepare {prepare}: its deploy.target is not SageMaker")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)  # also where a shell's `&` had it ignored
     with Server(port, speed=speed, say=lambda line: click.echo(line, err=True)) as server:
+        if wanted:
+            server.prepare(wanted["sagemaker"])
         click.echo("".join(f"export {name}={value}\n" for name, value in server.environment.items()), nl=False)
         sys.stdout.flush()
         click.echo(f"rehearsing at {server.url}, {speed:g} times as fast as AWS; the role is {server.role} (Ctrl-C ends it)", err=True)

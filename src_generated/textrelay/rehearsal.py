@@ -271,6 +271,23 @@ class Server:
     def __exit__(self, *ignored: object) -> None:
         self.close()
 
+    def prepare(
+        self,
+        settings: Mapping[str, Any],  # of a target: regions, bucket, image
+    ) -> None:
+        "Make what is there on AWS before anything is deployed: in each region a bucket, and an image (an empty one: the rehearsal runs the bundle itself)."
+        import boto3
+
+        key = {"endpoint_url": self.url, "aws_access_key_id": "rehearsal", "aws_secret_access_key": "rehearsal"}
+        name, _, tag = str(settings["image"]).partition("/")[2].partition(":")
+        for region in settings["regions"]:
+            where = {} if region == "us-east-1" else {"CreateBucketConfiguration": {"LocationConstraint": region}}
+            boto3.client("s3", region_name=region, **key).create_bucket(Bucket=str(settings["bucket"]).replace("{region}", region), **where)
+            ecr = boto3.client("ecr", region_name=region, **key)
+            ecr.create_repository(repositoryName=name)
+            empty = {"schemaVersion": 2, "mediaType": "application/vnd.docker.distribution.manifest.v2+json", "config": {}, "layers": []}
+            ecr.put_image(repositoryName=name, imageTag=tag or "latest", imageManifest=json.dumps(empty))
+
     @property
     def environment(self) -> dict[str, str]:
         "What a process needs to use it instead of AWS."

@@ -60,6 +60,8 @@ def _read_params(path: Path, seen: tuple[Path, ...]) -> dict[str, Params]:
     if unknown := sorted(set(content) - {*STAGES, "extends"}):
         raise ValueError(f"{path}: unknown keys {unknown}; expected stages {list(STAGES)} and 'extends'")
     parent = content.pop("extends", None)
+    if parent and not (path.parent / parent).is_file():
+        raise FileNotFoundError(f"{path}: extends {parent}, and there is no such file beside it")
     merged = _read_params(path.parent / parent, (*seen, path.resolve())) if parent else {}
     for stage, values in content.items():
         if not isinstance(values, dict):
@@ -708,10 +710,28 @@ def _check_before(client: Any, run_id: str, stage: str, wanted: dict[str, Params
     notebook = notebook_of(stage, root)
     placeholders: dict[str, Params] = {s: {} for s in STAGES[: STAGES.index(stage)]}
     try:
-        effective(notebook, _with_results(stage, wanted, placeholders, root), f"{path}: {stage}")
-    except ValueError:
+        _check_meaning(effective(notebook, _with_results(stage, wanted, placeholders, root), f"{path}: {stage}"), f"{path}: {stage}", root)
+    except (ValueError, OSError):
         client.log_artifact(run_id, str(notebook), "notebook")  # the run shows what was refused
         raise
+
+
+def _check_meaning(values: Params, where: str, root: Path) -> None:
+    "What would stop a later stage, found before the first one begins: whoever mistyped a gate should not learn it after the training."
+    from textrelay.gates import check_rules
+    from textrelay.model import build_steps
+
+    try:
+        if "gates" in values:
+            check_rules(values["gates"])
+        for name in ("before", "after"):
+            steps = values.get(name) or []
+            build_steps(s for s in steps if "." not in str(next(iter(s), "") if isinstance(s, dict) else s))  # private ones are not installed yet
+    except ValueError as e:
+        raise ValueError(f"{where}: {e}") from None
+    for name in ("mail", "sample_mail", "wheelhouse", "public_key", "allowed_signers"):
+        if isinstance(values.get(name), str) and not (root / values[name]).exists():
+            raise FileNotFoundError(f"{where}: {name} {values[name]!r} is not there")
 
 
 def _with_results(stage: str, wanted: dict[str, Params], results: Mapping[str, Params], root: Path) -> Params:

@@ -343,10 +343,10 @@ class LocalTarget:
     def status(
         self,
         name: str,  # of an endpoint
-    ) -> dict[str, Any]:  # the endpoint as a mapping; in 'live' what its front says of each variant: workers, their deaths, requests under way, engine
+    ) -> dict[str, Any]:  # the endpoint as a mapping; 'bundle': folder of what it runs; 'live': of each variant workers, their deaths, requests under way, engine
         "What an endpoint runs, and how it is."
         endpoint = self._known(name)
-        return {**asdict(endpoint), "live": self._control(endpoint, "status") if endpoint.status == "running" else None}
+        return {**asdict(endpoint), "bundle": str(self.bundle(name)), "live": self._control(endpoint, "status") if endpoint.status == "running" else None}
 
     def ask(
         self,
