@@ -21,7 +21,7 @@ from .pieces import head_and_tail
 log = logging.getLogger("textrelay.runtime")
 BATCH = 16  # rows scored together, after sorting by length
 WIDEN_S = 1.0  # seconds after its start an engine is made for a call that is alone
-WIDE = {"onnxruntime": 256, "openvino": 128}  # most word pieces of a single row that is scored wide: longer ones gain little in OpenVINO, and cost memory in both
+WIDE = {"onnxruntime": 512, "openvino": 128}  # most word pieces of a single row that is scored wide: longer ones cost memory (512: 30 MB), and gain little in OpenVINO
 CROWDED_S = 0.1  # seconds after two calls at the same time in which a call is not taken for one that is alone
 Batch = dict[str, np.ndarray]  # input name -> table of rows and pieces
 Engine = Callable[[Batch], np.ndarray]  # -> logits
