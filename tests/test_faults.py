@@ -185,6 +185,11 @@ def a_misspelt_parameter_of_a_later_stage(place: Place) -> None:
     place.params(train=GOOD, test={"gaets": []})
 
 
+@fault("project", "params.yaml: test: gate {'metrc': 'f1_macro', 'at_least': 0.5}", "unknown keys ['metrc']; did you mean 'metric'?", runs=False)
+def a_misspelt_gate_of_a_later_stage(place: Place) -> None:
+    place.params(train=GOOD, test={"gates": [{"metrc": "f1_macro", "at_least": 0.5}]})
+
+
 @fault("project", "params.yaml: train: parameters ['dataset'] are missing", "1_train.ipynb needs them", runs=False)
 def a_missing_parameter(place: Place) -> None:
     place.train(without="dataset")

@@ -180,7 +180,9 @@ def request_of(body: bytes, content_type: str = "application/json", length: int 
 
 KINDS = ("application/json", "application/jsonlines", "text/csv", "message/rfc822", "text/plain", "application/json; charset=utf-16",
          "text/csv; header=present", "a/b", "", ";;=")
-ODD = (b"1" * 10_000, b"1e999", b"NaN", b"null", b"[null]", b'"\\ud800"', b'"\\u0000"', b'["\x00"]', b'{"text": "a", "headers": {"a": 1}}')
+ODD = (b"1" * 10_000, b"1e999", b"NaN", b"null", b"[null]", b'"\\ud800"', b'"\\u0000"', b'["\x00"]', b'{"text": "a", "headers": {"a": 1}}',
+       b'[{"text": "a", "more": NaN}, {"text": "b"}]', b'[{"text": "a", "headers": {"x": "\\udc80"}}, {"text": "b"}]',
+       json.dumps([{"text": "a" * 2000, "more": float("nan")}, *({"text": "b" * 2000} for _ in range(40))]).encode())
 PART = b"--a\nContent-Type: multipart/mixed; boundary=a\n\n"
 
 
@@ -386,6 +388,43 @@ def test_another_release_keeps_the_port(target: LocalTarget, tiny_bundle: Path, 
     assert one.port == two.port == port and one.pid == two.pid and one.release != two.release and works(two)
     three = target.deploy(another("9"), "reply-intent")
     assert {p.name for p in (target.folder / "reply-intent").iterdir() if p.is_dir()} == {two.release[7:23], three.release[7:23]}, "one back is kept"
+
+
+def with_gate(folder: Path, at: Path) -> Path:
+    "Another release, whose answers wait for `at`/open."
+    saved = read_json(folder / "model" / "model.json")
+    write_json(folder / "model" / "model.json", {**saved, "before": [*saved["before"], {"class": "privatefilters.Gate", "params": {"folder": str(at)}}]})
+    return seal(folder, version="gated")
+
+
+def test_a_deployment_does_not_wait_for_what_the_release_before_has_in_hand(
+    target: LocalTarget, another: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "privatefilters.py").write_text(GATED)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    (tmp_path / "open").touch()
+    one = target.deploy(with_gate(another("gated"), tmp_path), "reply-intent")
+    for name in ("open", "entered"):
+        (tmp_path / name).unlink()
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            first = pool.submit(post, one.port, "no budget", "text/plain")
+            while not (tmp_path / "entered").exists():
+                time.sleep(0.01)
+            two = target.deploy(another("8"), "reply-intent")
+            assert not first.done() and works(two) and target.endpoints() == [two]
+        finally:
+            (tmp_path / "open").touch()
+        status, said, _ = first.result()
+        assert status == 200 and said["model"]["release"] == one.release, "the old one still answers what it was asked"
+
+
+def test_settings_that_cannot_be_are_told_as_they_are(target: LocalTarget, tiny_bundle: Path) -> None:
+    one = target.deploy(tiny_bundle, "reply-intent")
+    for options, says in (({"capture": 0.5, "redact": "nope.x"}, "no module 'nope'"), ({"workers": "2"}, "workers '2': expected a whole number, 1 to 64")):
+        with pytest.raises(RuntimeError, match=re.escape(says)):
+            target.deploy(tiny_bundle, "reply-intent", options=options)
+    assert target.endpoints() == [one] and works(one)
 
 
 def changed_file(folder: Path) -> None:
