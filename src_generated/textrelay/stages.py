@@ -727,7 +727,7 @@ def _check_meaning(values: Params, where: str, root: Path) -> None:
         for name in ("before", "after"):
             steps = values.get(name) or []
             build_steps(s for s in steps if "." not in str(next(iter(s), "") if isinstance(s, dict) else s))  # private ones are not installed yet
-    except ValueError as e:
+    except (ValueError, ImportError) as e:
         raise ValueError(f"{where}: {e}") from None
     for name in ("mail", "sample_mail", "wheelhouse", "public_key", "allowed_signers"):
         if isinstance(values.get(name), str) and not (root / values[name]).exists():
