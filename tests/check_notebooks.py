@@ -1,4 +1,4 @@
-"""make check: notebooks are clean, the export is a no-op, README is what index.ipynb says.
+"""make check: notebooks are clean, the export is a no-op, README is what index.ipynb says, and nothing shown names a path of the machine it was made on.
 
 Whatever is not so is put right in place and named; then it only has to be committed. Exit code 1 if anything changed."""
 
@@ -28,6 +28,14 @@ def state() -> dict[str, str]:
     return {k: v for k, v in found.items() if "__pycache__" not in k and ".ipynb_checkpoints" not in k}
 
 
+def of_this_machine() -> list[str]:
+    "Notebooks with an output that names where something was installed or checked out, such as a library's warning does."
+    def shown(path: Path) -> str:
+        return "".join(str(c.get("outputs", "")) for c in nbformat.read(path, as_version=4).cells)
+
+    return [str(p.relative_to(ROOT)) for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if any(word in shown(p) for word in ("site-packages", f"{ROOT}/"))]
+
+
 def main() -> int:
     before = state()
     if not any(name.endswith(".ipynb") for name in before):
@@ -41,9 +49,12 @@ def main() -> int:
     if not (ROOT / "README.md").is_file() or (ROOT / "README.md").read_text(encoding="utf-8") != text:
         (ROOT / "README.md").write_text(text, encoding="utf-8")
         changed.append("README.md")
+    placed = of_this_machine()
+    for name in placed:
+        print(f"{name}: an output names a path of this machine; run that cell again without the warning, or leave the path out", file=sys.stderr)
     for name in changed:
         print(f"{name}: was not as the notebooks say; it is now, commit it", file=sys.stderr)
-    return 1 if changed else 0
+    return 1 if changed or placed else 0
 
 
 if __name__ == "__main__":

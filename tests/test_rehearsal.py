@@ -24,7 +24,8 @@ from typing import Any
 import psutil
 import pytest
 
-from conftest import LABELS, TEXTS, running
+from conftest import LABELS, ROOT, TEXTS, running
+from textrelay.worker import read_bundle
 
 IRELAND, OHIO = "eu-west-1", "us-east-2"
 IMAGE = "123456789012.dkr.ecr.{}.amazonaws.com/reply-intent:v1"
@@ -460,19 +461,24 @@ def test_the_command_says_what_to_set_and_ends_with_all_it_started(tiny_bundle: 
     from conftest import free_port
 
     port, log = free_port(), tmp_path / "log"
-    command = [str(Path(sys.executable).parent / "textrelay"), "rehearse", "--port", str(port), "--speed", "600"]
+    command = [str(Path(sys.executable).parent / "textrelay"), "rehearse", "--port", str(port), "--speed", "600", "--prepare", str(ROOT / "params/rehearsal.yaml")]
     with running(command, f"http://127.0.0.1:{port}/-/faults", log, dict(os.environ)) as process:
+        deadline = time.monotonic() + 60
+        while "rehearsing at" not in log.read_text() and time.monotonic() < deadline:  # it listens before all is prepared
+            time.sleep(0.05)
         told = dict(line.removeprefix("export ").split("=", 1) for line in log.read_text().splitlines() if line.startswith("export "))
         assert told["AWS_ENDPOINT_URL"] == f"http://127.0.0.1:{port}"
         for name, value in told.items():
             monkeypatch.setenv(name, value)
+        placed = subprocess.run([command[0], "deploy", str(tiny_bundle), "prepared", "--params", command[-1], "--json"], capture_output=True, text=True, timeout=300)
+        assert placed.returncode == 0 and json.loads(placed.stdout)["release"] == read_bundle(tiny_bundle).facts["release"], placed.stderr
         server = type("Elsewhere", (), {"url": told["AWS_ENDPOINT_URL"], "role": "arn:aws:iam::123456789012:role/textrelay-rehearsal"})()
         aws = Aws(server)
         aws.model("one", tiny_bundle)
         aws.create("one", aws.config("one", {"main": "one"}))
         assert aws.ask("one")["predictions"][0]["label"] == "positive"
         fronts = [p for p in psutil.Process(process.pid).children(recursive=True) if "textrelay.serving" in p.cmdline()]
-        assert len(fronts) == 1
+        assert len(fronts) == 3, "one of each region, and this one"
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
         assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in fronts)

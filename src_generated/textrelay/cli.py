@@ -134,7 +134,9 @@ def _report(run_id: str, results: dict[str, dict[str, Any]]) -> str:
 @click.option("--threads", default=0, type=click.IntRange(0), help="Of the engine in each (default: one a processor core, at most 8).")
 @click.option("--cache", default=10_000, show_default=True, type=click.IntRange(0), help="Answers to keep for exact duplicates; 0 for none.")
 def serve(bundle: str, host: str, port: int, workers: int, threads: int, cache: int) -> None:
-    """Serve BUNDLE (a folder, or 'models:/name@alias'; SageMaker's /opt/ml/model if none is named) in the foreground: GET /ping, POST /invocations."""
+    """Serve a bundle or saved model in the foreground: GET /ping, POST /invocations (SageMaker's contract).
+
+    BUNDLE is a folder or 'models:/name@alias'; without it, SageMaker's /opt/ml/model."""
     from textrelay.serving import Settings
     from textrelay.serving import serve as serve_forever
 

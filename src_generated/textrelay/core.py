@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import hashlib
 import importlib
 import io
@@ -295,7 +296,7 @@ def dotted(
             raise
         for part in parts[n:]:
             if not hasattr(found, part):
-                close = [a for a in vars(found) if a.lower() == part.lower()]
+                close = difflib.get_close_matches(part, [a for a in vars(found) if not a.startswith("_")], 1)
                 raise ImportError(f"{name!r}: {module} has no {part!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
             found = getattr(found, part)
         return found
