@@ -410,6 +410,7 @@ def test_a_deployment_does_not_wait_for_what_the_release_before_has_in_hand(
         try:
             first = pool.submit(post, one.port, "no budget", "text/plain")
             while not (tmp_path / "entered").exists():
+                assert not first.done(), first.result()
                 time.sleep(0.01)
             two = target.deploy(another("8"), "reply-intent")
             assert not first.done() and works(two) and target.endpoints() == [two]
