@@ -56,7 +56,7 @@ lab: .venv/installed  ## JupyterLab on the notebooks; git diffs of them by nbdim
 	jupyter lab nbs
 
 clean:  ## stop this checkout's endpoints and delete its state (.textrelay, build), not the environment
-	if test -x $(BIN)/textrelay; then for state in .textrelay build/chain; do if test -d $$state; then export TEXTRELAY_HOME=$$state; \
+	@if test -x $(BIN)/textrelay; then for state in .textrelay build/chain; do if test -d $$state; then export TEXTRELAY_HOME=$$state; \
 	  names=$$(textrelay endpoints --json | python -c 'import json, sys; print(*[e["name"] for e in json.load(sys.stdin)])'); \
 	  for name in $$names; do textrelay endpoints $$name --delete; done; fi; done; fi
 	rm -rf .textrelay build
