@@ -30,10 +30,8 @@ def state() -> dict[str, str]:
 
 def of_this_machine() -> list[str]:
     "Notebooks with an output that names where something was installed or checked out, such as a library's warning does."
-    def shown(path: Path) -> str:
-        return "".join(str(c.get("outputs", "")) for c in nbformat.read(path, as_version=4).cells)
-
-    return [str(p.relative_to(ROOT)) for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if any(word in shown(p) for word in ("site-packages", f"{ROOT}/"))]
+    shown = {p: "".join(str(c.get("outputs", "")) for c in nbformat.read(p, as_version=4).cells) for p in sorted((ROOT / "nbs").rglob("*.ipynb"))}
+    return [str(p.relative_to(ROOT)) for p, text in shown.items() if "site-packages" in text or f"{ROOT}/" in text]
 
 
 def main() -> int:

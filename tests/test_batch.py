@@ -101,6 +101,23 @@ def test_spark_gives_the_same_answers(model: Path, tmp_path: Path) -> None:
     assert "exists; Spark writes a new folder" in again.communicate(timeout=60)[1] and again.returncode == 1
 
 
+@pytest.mark.skipif(not shutil.which("java"), reason="no java on PATH; Spark needs one (Debian: default-jre-headless)")
+def test_spark_takes_a_row_as_a_file_does(model: Path, tmp_path: Path) -> None:
+    "Headers of some rows alone, which Spark makes columns of all; a label that is unknown."
+    rows = [{"id": "1", "text": "yes call", "headers": {}, "intent": "positive"},
+            {"id": "0", "text": "I am away.", "headers": {"Auto-Submitted": "auto-replied"}, "intent": None},
+            {"id": "2", "text": "no budget", "headers": {"Precedence": "list"}, "intent": "objection"}]
+    source, spark, local = write_table(tmp_path / "mail.jsonl", rows), tmp_path / "spark.jsonl", tmp_path / "local.jsonl"
+    process = scoring(model, source, spark, "--engine", "spark")
+    said = process.communicate(timeout=200)[1]
+    assert process.returncode == 0 and "3 rows, 1 held back" in said, said
+    assert scoring(model, source, local).wait(120) == 0
+    ours = [json.loads(line) for part in sorted(spark.glob("part-*")) for line in part.read_text().splitlines()]
+    told = ("id", "label", "predicted", "status", "reason")
+    assert [[r[k] for k in told] for r in ours] == [[r[k] for k in told] for r in read_table(local)]
+    assert [(r["label"], r["reason"]) for r in ours] == [("positive", ""), ("", "automatic:out_of_office"), ("objection", "")]
+
+
 @pytest.mark.soak
 def test_a_million_rows_in_flat_memory_killed_half_way(model: Path, tmp_path: Path) -> None:
     source, target, n = tmp_path / "mail.jsonl", tmp_path / "scores.csv", 1_000_000

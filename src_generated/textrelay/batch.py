@@ -16,7 +16,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
@@ -46,7 +47,18 @@ def _message(row: Row, n: int, source: Path, text: str, label: str | None) -> Ro
     if not whole and row[text] is None:
         raise ValueError(f"{source}, row {n}: column {text!r} has no value; give it a text, '' if the message is empty, or leave the row out")
     named = {k: row[k] for k in ("id", "subject", "headers") if row.get(k) not in (None, "")}
+    if "headers" in named:
+        named["headers"] = _headers(named["headers"], f"{source}, row {n}")
     return {**named, **({"raw": row["raw"] or ""} if whole else {"text": row[text]})}
+
+
+def _headers(value: Any, where: str) -> dict[str, Any]:
+    "An object; JSON where a table has only text, as `textrelay captured` writes CSV. Parquet and Spark give every row all names, without a value where it has none."
+    with suppress(ValueError):
+        value = json.loads(value) if isinstance(value, str) else value
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where}: column 'headers': expected an object of header names and texts, or JSON of one; found {type(value).__name__}")
+    return {k: v for k, v in value.items() if v is not None}
 
 
 def _label(row: Row, label: str | None) -> str:
@@ -228,8 +240,12 @@ def score_with_spark(
             raise ValueError(f"{name}: expected one of {', '.join(kinds)}")
     if Path(target).exists():
         raise ValueError(f"{target}: exists; Spark writes a new folder, name another one or remove it")
-    options: dict[str, Any] = {"header": True, "multiLine": True, "escape": '"'} if Path(source).suffix == ".csv" else {}
-    table = spark.read.options(**options).format(kinds[Path(source).suffix]).load(source)
+
+    def read(name: str) -> Any:
+        options: dict[str, Any] = {"header": True, "multiLine": True, "escape": '"'} if Path(name).suffix == ".csv" else {}  # JSON in many lines would be one row
+        return spark.read.options(**options).format(kinds[Path(name).suffix]).load(name)
+
+    table = read(source)
     for column in ("id", label):
         if column and column not in table.columns:
             raise ValueError(f"{source}: no column {column!r}; it has {sorted(table.columns)}")
@@ -242,8 +258,7 @@ def score_with_spark(
         work = partial(_score_part, source=source, text=text, label=label, dataset=dataset, release=release)
         scored = table.mapInPandas(work, schema)
         scored.write.options(header=True, escape='"').format(kinds[Path(target).suffix]).save(target)
-    written = spark.read.options(header=True, multiLine=True, escape='"').format(kinds[Path(target).suffix]).load(target)
-    return Counter({row["status"]: row["count"] for row in written.groupBy("status").count().collect()})
+    return Counter({row["status"]: row["count"] for row in read(target).groupBy("status").count().collect()})
 
 
 def _score_part(tables: Iterable[Any], *, source: str, text: str, label: str | None, dataset: str, release: str) -> Iterator[Any]:
@@ -252,7 +267,7 @@ def _score_part(tables: Iterable[Any], *, source: str, text: str, label: str | N
 
     model = _loaded(SparkFiles.get("textrelay-model"))
     for table in tables:
-        rows = [{k: v for k, v in row.items() if v is not None} for row in table.astype(object).where(table.notna(), None).to_dict("records")]
+        rows = table.astype(object).where(table.notna(), None).to_dict("records")
         items = [_message(row, n, Path(source), text, label) for n, row in enumerate(rows, 1)]
         yield pd.DataFrame(score_rows(model, items, [_label(row, label) for row in rows], 0, dataset=dataset, release=release))
 
