@@ -44,14 +44,14 @@ def read_params(
     path: str | Path,        # YAML with a mapping per stage
 ) -> dict[str, Params]:      # stage -> parameters, for the stages that the file (or one it extends) mentions
     "Parameters of each stage, with what the file extends."
-    path = Path(path)
-    if not path.is_file():
-        there = sorted(p.name for p in path.parent.glob("*.yaml"))
-        raise FileNotFoundError(f"{path}: no such params file" + (f"; {path.parent} has {there}" if there else ""))
-    return _read_params(path, ())
+    return _read_params(Path(path), ())
 
 
 def _read_params(path: Path, seen: tuple[Path, ...]) -> dict[str, Params]:
+    if not path.is_file():
+        there = sorted(p.name for p in path.parent.glob("*.yaml"))
+        wanted = f", which {seen[-1].name} extends" if seen else ""
+        raise FileNotFoundError(f"{path}: no such params file{wanted}" + (f"; {path.parent} has {there}" if there else ""))
     if path.resolve() in seen:
         raise ValueError(f"{path}: extends itself, by way of {' -> '.join(p.name for p in seen)}")
     content = read_yaml(path)
@@ -60,8 +60,6 @@ def _read_params(path: Path, seen: tuple[Path, ...]) -> dict[str, Params]:
     if unknown := sorted(set(content) - {*STAGES, "extends"}):
         raise ValueError(f"{path}: unknown keys {unknown}; expected stages {list(STAGES)} and 'extends'")
     parent = content.pop("extends", None)
-    if parent and not (path.parent / parent).is_file():
-        raise FileNotFoundError(f"{path}: extends {parent}, and there is no such file beside it")
     merged = _read_params(path.parent / parent, (*seen, path.resolve())) if parent else {}
     for stage, values in content.items():
         if not isinstance(values, dict):
