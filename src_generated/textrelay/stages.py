@@ -387,6 +387,7 @@ def _execute(notebook: Path, executed: Path, values: Params, run_id: str, folder
     "Run the notebook in a kernel; what went wrong, or None."
     import nbformat
     import papermill
+    from jupyter_client import AsyncKernelManager
     from papermill.iorw import load_notebook_node
     from papermill.parameterize import parameterize_notebook
     from traitlets.config import Config
@@ -408,20 +409,33 @@ def _execute(notebook: Path, executed: Path, values: Params, run_id: str, folder
         # A report has no progress bars, so it need not say that they could be prettier (tqdm's warning, by the start of its message).
         "PYTHONWARNINGS": ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), "ignore:IProgress not found"])),
     }
-    with environment(**kernel), tempfile.TemporaryDirectory(prefix="textrelay-") as sockets:
+    with environment(**kernel), tempfile.TemporaryDirectory(prefix="textrelay-") as sockets, open(f"{sockets}/stderr", "w+") as talk:
+
+        class Kernel(AsyncKernelManager):
+            """A kernel whose own stderr is kept for when it dies: what a cell says takes another way, and what is left are things like
+            tornado's traceback about a socket that ipykernel 7.4 closed in one thread while another wrote to it (its pull request 1518)."""
+
+            async def start_kernel(self, **kwargs: Any) -> None:  # type: ignore[override]  # its base says that it is not async
+                await super().start_kernel(**{**kwargs, "stderr": talk})
+
+        def died() -> None:
+            talk.seek(0)
+            sys.stderr.write(talk.read())
+
         return _watched(
             lambda: papermill.execute_notebook(
                 str(executed), str(executed), cwd=str(root), kernel_name="python3", progress_bar=False, stderr_file=sys.stderr, start_timeout=120,
+                kernel_manager_class=Kernel,
                 # Not over TCP, where others on the machine could listen; Jupyter's own place is the working directory, where two chains would meet.
                 config=Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}}),
                 extra_arguments=["--Application.log_level=50"],  # the kernel's own talk; what a cell says arrives all the same
             ),
-            notebook, executed, stop,
+            notebook, executed, stop, died,
         )
 
 
-def _watched(work: Any, notebook: Path, executed: Path, stop: threading.Event) -> str | None:
-    """What went wrong while a notebook ran, or None.
+def _watched(work: Any, notebook: Path, executed: Path, stop: threading.Event, died: Callable[[], None]) -> str | None:
+    """What went wrong while a notebook ran, or None; `died` is called when its kernel ended by itself.
 
     papermill runs in a thread of its own: in the main thread nbclient swallows Ctrl-C and SIGTERM and reports a dead kernel.
     Here they are passed on to the kernel, so that the notebook itself shows the line at which it was stopped."""
@@ -444,10 +458,14 @@ def _watched(work: Any, notebook: Path, executed: Path, stop: threading.Event) -
             cause = "interrupted" if stopped else _plain(f"{e.ename}: {e.evalue}").strip()
             return f"cell {_code_cell(executed, e.cell_index)} of {notebook.name}: {cause}"
         except DeadKernelError:
-            return "interrupted" if stopped else "its kernel died; most often the machine ran out of memory"
+            if stopped:
+                return "interrupted"
+            died()
+            return "its kernel died; most often the machine ran out of memory"
         except RuntimeError:
             if stopped:  # the kernel had not answered yet
                 return "interrupted"
+            died()
             raise
     return "interrupted" if stopped else None
 
