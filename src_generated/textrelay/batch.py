@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from .core import Row, digest_file, digest_json, digest_tree, read_json, scan_table, write_json, write_table
 from .filters import HELD_BACK
-from .model import Model
+from .model import Model, best_label
 from .worker import read_bundle
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def score_rows(
     release: str,                 # digest of the model or bundle
 ) -> list[Row]:                   # n rows of a score table
     "Score messages into rows with label, probabilities, status, reason and milliseconds."
-    classes, out = [str(c) for c in model.classes_], []
+    classes, out, y = [str(c) for c in model.classes_], [], model.true_labels(y)
     for first in range(0, len(items), BATCH):
         part = items[first : first + BATCH]
         began = time.perf_counter()
@@ -84,9 +84,8 @@ def score_rows(
         for record, true in zip(records, y[first : first + BATCH], strict=True):
             held = record["status"] in HELD_BACK
             P = {c: None if held else record["scores"][c] for c in classes}
-            best = "" if held else max(classes, key=lambda c: P[c] or 0.0)
-            out.append({"id": str(record["id"]), "label": true, "predicted": best, **{f"p.{c}": p for c, p in P.items()}, "status": record["status"],
-                        "reason": record["reason"] or "", "ms": ms, "dataset": dataset, "model": release})
+            out.append({"id": str(record["id"]), "label": true, "predicted": best_label(record, classes), **{f"p.{c}": p for c, p in P.items()},
+                        "status": record["status"], "reason": record["reason"] or "", "ms": ms, "dataset": dataset, "model": release})
     return out
 
 

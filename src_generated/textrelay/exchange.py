@@ -391,16 +391,16 @@ class Dataset:
 
     def subset(
         self,
-        rows: int | float | None,  # how many training rows: a number, or a share in (0, 1); None: all
+        rows: int | float | None,  # how many training rows: a number, or a share in (0, 1.0]; None: all
         seed: int = 0,             # which ones; smaller subsets are inside larger ones
     ) -> Dataset:                  # with fewer training rows, labels in the same proportions, at least two a label
         "The same data with fewer training rows, for learning curves and quick checks; validation and test stay whole."
         if rows is None:
             return self
         train = self.splits["train"]
-        share = rows if isinstance(rows, float) and rows < 1 else rows / len(train)
-        if share <= 0:
-            raise ValueError(f"rows {rows}: expected a number of rows, or a share between 0 and 1")
+        share = rows if isinstance(rows, float) and rows <= 1 else rows / len(train)
+        if share <= 0 or (isinstance(rows, float) and not (rows <= 1 or rows.is_integer())):
+            raise ValueError(f"rows {rows}: expected a number of rows, or a share above 0 and up to 1.0")
         by_label: dict[str, list[int]] = {}
         for n, row in enumerate(train):
             by_label.setdefault(row[self.label], []).append(n)
@@ -446,6 +446,9 @@ def load_dataset(
     for part, rows in splits.items():
         for n, row in enumerate(rows):
             row.setdefault("id", f"{part}-{n}")
+        (identity, often), = Counter(str(row["id"]) for row in rows).most_common(1)
+        if often > 1:
+            raise ValueError(f"{path}: {often} rows of the {part} part have the id {identity!r}; give each row its own, or leave the column out")
     data = Dataset(name or path.stem, splits, text, label, dropped)
     _check_labels(path, data)
     return data

@@ -114,6 +114,10 @@ class Filter(Params):
         "Labels after this filter, given the labels before it."
         return classes
 
+    def true_label(self, label: str) -> str:
+        "What a true label is called after this filter: predictions are judged by that."
+        return label
+
     def fit(self, X: Any, y: Any = None) -> Filter:
         "Nothing to learn."
         return self
@@ -199,16 +203,23 @@ class MapLabels(Filter):
         "The labels after mapping, sorted."
         if unknown := sorted(set(self.mapping or {}) - set(classes)):
             raise ValueError(f"MapLabels: unknown labels {unknown}; the classifier has {classes}")
-        return sorted({(self.mapping or {}).get(c, c) for c in classes})
+        return sorted({self.true_label(c) for c in classes})
+
+    def true_label(self, label: str) -> str:
+        "Mapped as a prediction is."
+        return (self.mapping or {}).get(label, label)
+
+    def transform(self, X: Iterable[Record]) -> list[Record]:
+        "Scores are mapped in rows that were held back after scoring, too: they go into the answer."
+        return [self.apply(r) if r["status"] not in HELD_BACK else self.apply(r) | {"label": None} if r.get("scores") else r for r in X]
 
     def apply(self, record: Record) -> Record:
         scores: dict[str, float] = {}
         for label, p in record["scores"].items():
-            mapped = (self.mapping or {}).get(label, label)
-            scores[mapped] = scores.get(mapped, 0.0) + p
-        label = max(scores, key=scores.__getitem__)
+            scores[self.true_label(label)] = scores.get(self.true_label(label), 0.0) + p
+        label = max(sorted(scores), key=scores.__getitem__)  # of equal ones the first, as everywhere
         fields = {"scores": scores, "label": label, "score": scores[label]}
-        return {**record, **fields} if label == record["label"] else self.change(record, f"label:{label}", **fields)
+        return {**record, **fields} if label == record["label"] or record["label"] is None else self.change(record, f"label:{label}", **fields)
 
 
 class ConfidenceFloor(Filter):

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from shutil import copytree
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ import numpy as np
 
 from .core import atomic_folder, dotted, dotted_name, read_json, write_json
 from .filters import HELD_BACK, Filter, Params, Record, to_record
+from .mail import Mail
 
 if TYPE_CHECKING:
     from sklearn.pipeline import Pipeline
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from textrelay.metrics import Scores
 
 # %% auto #0
-__all__ = ['FORMAT', 'Classify', 'Model', 'build_step', 'build_steps', 'to_answer', 'score_table', 'changes', 'probabilities']
+__all__ = ['FORMAT', 'Classify', 'Model', 'build_step', 'build_steps', 'to_answer', 'score_table', 'best_label', 'changes',
+           'probabilities']
 
 # %% ../../nbs/lib/22_model.ipynb #6333e078
 class Classify(Params):
@@ -116,6 +118,15 @@ class Model:
     ) -> list[Record]:     # one record a message, in order
         "Run all steps; errors name the row."
         return _through(self.steps, _records(X, first))
+
+    def true_labels(
+        self,
+        y: Iterable[str],  # n true labels, '' where unknown
+    ) -> list[str]:        # the same as this model's filters call them
+        "What answers are compared with: filters that rename or merge labels do so with the truth as well."
+        for step in self.after:
+            y = [step.true_label(label) for label in y] if isinstance(step, Filter) else y
+        return list(y)
 
     def asked(
         self,
@@ -225,7 +236,12 @@ def _records(X: Iterable[Any], first: int) -> list[Record]:
 def _through(steps: Sequence[tuple[str, Any]], records: list[Record]) -> list[Record]:
     total = len(records)
     for name, step in steps:
-        records = step.transform(records)
+        try:
+            records = step.transform(records)
+        except KeyError as e:
+            if e.args[0] in ("label", "score", "scores") and not any(e.args[0] in r for r in records):
+                raise ValueError(f"step {name!r} reads the {e.args[0]!r} that the classifier gives: list it under 'after', not under 'before'") from None
+            raise
         if len(records) != total:
             raise ValueError(f"step {name!r} returned {len(records)} records for {total}; a filter marks rows, it never drops one")
     return records
@@ -233,7 +249,7 @@ def _through(steps: Sequence[tuple[str, Any]], records: list[Record]) -> list[Re
 
 def _items(X: Iterable[Any]) -> Iterable[Any]:
     "Rows of a table are objects, whatever made the table."
-    if isinstance(X, (str, bytes)):
+    if isinstance(X, (str, bytes, Mapping, Mail)):
         raise ValueError("expected a list of messages, found one; write [message]")
     return X.to_dict("records") if hasattr(X, "to_dict") and hasattr(X, "columns") else X
 
@@ -312,12 +328,29 @@ def score_table(
         if progress:
             progress(len(part))
     classes = [str(c) for c in model.classes_]
+    for record in records:
+        best_label(record, classes)
     held = np.array([[r["status"] in HELD_BACK] for r in records], dtype=bool).reshape(-1, 1)
     return Scores(
-        ids=[str(r["id"]) for r in records], y=np.array(list(y) if y is not None else [""] * len(records), dtype=str), classes=classes,
+        ids=[str(r["id"]) for r in records], y=np.array(model.true_labels(y) if y is not None else [""] * len(records), dtype=str), classes=classes,
         P=np.where(held, np.nan, probabilities(records, classes)), status=[r["status"] for r in records], reason=[r["reason"] for r in records],
         ms=np.array(ms, dtype=float), dataset=dataset, model=digest,
     )
+
+
+def best_label(
+    record: Record,         # after all steps
+    classes: Iterable[str], # k labels
+) -> str:                   # '' if it was held back
+    "The label of a record; a ValueError if a filter changed it without its scores: callers would get the one, and gates judge the other."
+    if record["status"] in HELD_BACK:
+        return ""
+    best = max(classes, key=lambda c: record["scores"][c])
+    if record["label"] != best:
+        acts = ", ".join(f"{name}: {code}" for name, code in record["acts"]) or "none"
+        raise ValueError(f"row {record['id']!r}: its label is {record['label']!r}, but the most probable one is {best!r} (filters that acted: {acts}); "
+                         "a filter that changes the label must change 'score' and 'scores' with it, or hold the row back")
+    return str(best)
 
 
 def changes(
