@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
 
 from .core import IntegrityError, atomic_folder, digest_json, home, manifest, read_table, verify_manifest
 from .likeness import alike
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 Record = dict[str, Any]  # one row of a table
 
 # %% auto #0
-__all__ = ['Record', 'EXPERIMENT', 'PUBLICATIONS', 'DEFAULTS', 'TALK', 'KINDS', 'SPLITS', 'tracking_uri', 'shown_uri',
+__all__ = ['Record', 'EXPERIMENT', 'PUBLICATIONS', 'DEFAULTS', 'TALK', 'KINDS', 'SPLITS', 'tracking_uri', 'shown', 'shown_uri',
            'environment', 'store', 'unreachable', 'experiment', 'current_run', 'Publication', 'publish', 'publications',
            'resolve', 'consume', 'Dataset', 'load_dataset', 'obtain']
 
@@ -40,12 +41,34 @@ PUBLICATIONS = "textrelay-exchange"  # one run a publication
 
 def tracking_uri() -> str:
     "Where MLflow's runs are: MLFLOW_TRACKING_URI, or the project's own SQLite file."
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home()}/mlflow.db"
+    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        return uri
+    if odd := re.search("[%?]", str(home())):
+        raise ValueError(f"{home()}: the path of SQLite's file cannot hold {odd[0]!r}; set TEXTRELAY_HOME to another folder, or MLFLOW_TRACKING_URI to a server")
+    return f"sqlite:///{home()}/mlflow.db"
+
+
+def shown(
+    text: str,  # such as an error of MLflow's
+) -> str:       # the same without the user's name and password in the store's URI; they may hold an '@' themselves
+    "What may be printed and logged."
+    uri = tracking_uri().rstrip("/")
+    return text.replace(uri, re.sub("//[^/]*@", "//", uri))
 
 
 def shown_uri() -> str:
-    "The same for messages: without a user's name and password, which may hold an '@' themselves."
-    return re.sub("//[^/]*@", "//", tracking_uri())
+    "Where runs are, for messages."
+    return shown(tracking_uri())
+
+
+def _apart() -> None:
+    "A server's user and password move from its URI, which MLflow's errors show whole, to the variables that MLflow reads them from."
+    parts = urlsplit(os.environ.get("MLFLOW_TRACKING_URI", ""))
+    if parts.scheme in ("http", "https") and "@" in parts.netloc:
+        user, _, host = parts.netloc.rpartition("@")
+        name, _, password = user.partition(":")
+        os.environ |= {"MLFLOW_TRACKING_URI": parts._replace(netloc=host).geturl(),
+                       "MLFLOW_TRACKING_USERNAME": unquote(name), "MLFLOW_TRACKING_PASSWORD": unquote(password)}
 
 
 @contextmanager
@@ -93,6 +116,7 @@ def store() -> MlflowClient:  # MLflow's fluent API is pointed to the same store
     for name, level in TALK.items():
         logging.getLogger(name).setLevel(level)
 
+    _apart()
     uri = tracking_uri()
     mlflow.set_tracking_uri(uri)
     client = mlflow.MlflowClient(uri)
@@ -107,7 +131,7 @@ def store() -> MlflowClient:  # MLflow's fluent API is pointed to the same store
 @cache  # an error is not kept
 def _first_contact(uri: str) -> None:
     if problem := unreachable():
-        raise ConnectionError(f"{problem}; start it, correct MLFLOW_TRACKING_URI, or unset it to keep runs in this checkout")
+        raise ConnectionError(f"{problem}; {'' if 'refuses' in problem else 'start it, '}correct MLFLOW_TRACKING_URI, or unset it to keep runs in this checkout")
 
 
 def unreachable() -> str | None:  # what to say; None if the store answers
@@ -127,7 +151,10 @@ def unreachable() -> str | None:  # what to say; None if the store answers
         cause: BaseException = e
         while cause.__context__ not in (None, handled):
             cause = cause.__context__
-        return f"the MLflow server at {shown_uri()} does not answer ({str(cause).replace(uri, shown_uri())})"
+        if refused := re.search(r"error code (401|403)\b", str(e)):  # of a server that does not say it in JSON
+            return (f"the MLflow server at {shown_uri()} refuses the login ({refused[1]}); "
+                    "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN")
+        return f"the MLflow server at {shown_uri()} does not answer ({shown(str(cause))})"
     return None
 
 

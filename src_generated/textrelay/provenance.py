@@ -5,6 +5,7 @@
 # %% ../../nbs/lib/02_provenance.ipynb #d692df74
 from __future__ import annotations
 
+import os
 import platform
 import re
 import subprocess
@@ -20,8 +21,10 @@ __all__ = ['commit', 'tag', 'environment_lock', 'provenance']
 
 # %% ../../nbs/lib/02_provenance.ipynb #0607c216
 def _git(root: Path, *args: str) -> str | None:
+    # Of this folder, even in a hook of another repository. What names are not UTF-8 is no matter here.
+    env = {k: v for k, v in os.environ.items() if k not in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY")}
     try:
-        done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=30)
+        done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, encoding="utf-8", errors="replace", timeout=30, env=env)
     except (OSError, subprocess.TimeoutExpired):  # git is not installed, or hangs on a broken file system
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -33,9 +36,10 @@ def commit(
     "The commit that is checked out, and whether the work tree is dirty (untracked files count: they may be code)."
     root = Path(root) if root else project_root()
     head = _git(root, "rev-parse", "--verify", "HEAD")
-    if not head:
+    if not head or _git(root, "check-ignore", "--quiet", str(root.resolve())) is not None:  # a repository around it that ignores it knows nothing of it
         return "unknown", True
-    return head, bool(_git(root, "status", "--porcelain", "--untracked-files=normal"))
+    changed = _git(root, "status", "--porcelain", "--untracked-files=normal")
+    return head, changed is None or bool(changed)  # git that cannot say counts as changed
 
 
 def tag(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import zipfile
@@ -44,10 +45,12 @@ def url_secrets(
 ) -> list[str]:   # passwords and tokens in the user part of its URLs
     "What stands before the '@' of URLs in a text; `git@` and other bare user names of ssh do not count."
     out = []
-    for url in re.findall(r"\b[a-z][a-z+.-]*://[^\s'\"<>]+", text):
+    for url in re.findall(r"(?i)\b[a-z][a-z0-9+.-]*://[^\s'\"<>]+", text):
         with suppress(ValueError):  # not a URL after all
             parts = urlsplit(url)
-            secret = parts.password or (parts.username if parts.scheme.endswith(("http", "https")) else None)
+            secret = parts.password
+            if parts.scheme.endswith(("http", "https")) and secret in (None, "", "x", "x-oauth-basic"):  # a token stands for the user
+                secret = parts.username
             out += [secret] if secret and not _placeholder(secret) else []
     return out
 
@@ -88,8 +91,9 @@ def _search(name: str, data: bytes, known: dict[str, str]) -> Iterator[tuple[str
                 yield from _search(f"{name}!{member}", archive.read(member), known)
             return
     for value, where in known.items():
-        if value.encode() in data:
-            yield f"{name}, line {data[: data.index(value.encode())].count(10) + 1}", f"the value of {where}"
+        written = {value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]}  # as it is, and as JSON and notebooks have it
+        if at := [data.index(w) for w in (s.encode() for s in written) if w in data]:
+            yield f"{name}, line {data[: min(at)].count(10) + 1}", f"the value of {where}"
     lines: Iterable[bytes] = _RUNS.findall(data) if b"\0" in data[:8192] else (data,)
     for part in lines:
         text = part.decode("latin-1")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -27,7 +28,7 @@ from typing import Any
 
 from .cache import FOUND, KEY, PARTS, Earlier, earlier, found, notebook_digest, stage_key
 from .core import Refused, StageError, digest_json, digest_tree, home, project_root, read_json, read_yaml, write_json
-from .exchange import PUBLICATIONS, environment, experiment, resolve, shown_uri, store, tracking_uri, unreachable
+from .exchange import PUBLICATIONS, environment, experiment, resolve, shown, shown_uri, store, tracking_uri, unreachable
 from .provenance import commit, provenance
 from .secrets import url_secrets
 
@@ -142,6 +143,10 @@ def effective(
     if missing := sorted(k for k, v in values.items() if v is ...):
         raise ValueError(f"{source}: parameters {missing} are missing; {name} needs them")
     for key, value in requested.items():
+        try:
+            json.dumps(value, default=str, allow_nan=False)
+        except ValueError:
+            raise ValueError(f"{source}: parameter {key!r} holds {value!r}, which MLflow and JSON do not know; write a finite number, or null") from None
         wanted = have[key]
         if wanted is ... or wanted is None or value is None or type(value) is type(wanted) or (type(wanted) is float and type(value) is int):
             continue
@@ -221,14 +226,17 @@ class Stage:
     def artifact(
         self,
         path: str | Path,  # file or folder
-        to: str = "",      # folder among the artifacts; a folder's content goes there
+        to: str = "",      # folder among the artifacts; a folder's content goes there, else into one of its name
     ) -> str:              # its URI
         "Keep a file or folder with this stage's run."
         import mlflow
 
-        client = mlflow.MlflowClient()
-        (client.log_artifacts if Path(path).is_dir() else client.log_artifact)(self.run_id, str(path), to or None)
-        return f"runs:/{self.run_id}/{to or Path(path).name}"
+        client, path = mlflow.MlflowClient(), Path(path)
+        if path.is_dir():
+            client.log_artifacts(self.run_id, str(path), to or path.name)
+            return f"runs:/{self.run_id}/{to or path.name}"
+        client.log_artifact(self.run_id, str(path), to or None)
+        return "/".join(filter(None, (f"runs:/{self.run_id}", to, path.name)))
 
     def finish(
         self,
@@ -351,18 +359,36 @@ def _work(run_id: str) -> Path:
 def _close(client: Any, run_id: str, status: str, failure: str | None = None) -> None:
     "End a stage's run; its notebook and result move from the work folder to MLflow."
     folder = _work(run_id)
-    for executed in folder.glob("notebook/*.ipynb"):
-        from nbconvert import HTMLExporter
-
-        page, _ = HTMLExporter(mathjax_url="", require_js_url="", exclude_input_prompt=True, exclude_output_prompt=True).from_filename(str(executed))
-        executed.with_suffix(".html").write_text(page, encoding="utf-8")
-        client.log_artifacts(run_id, str(executed.parent), "notebook")
-    if (folder / "result.json").is_file():
-        client.log_artifact(run_id, str(folder / "result.json"))
+    try:
+        for executed in folder.glob("notebook/*.ipynb"):
+            _write_page(executed)
+            client.log_artifacts(run_id, str(executed.parent), "notebook")
+        if (folder / "result.json").is_file():
+            client.log_artifact(run_id, str(folder / "result.json"))
+    except OSError as e:
+        if e.errno != errno.ENOSPC:
+            raise
+        print(f"the disk is full: {folder} is removed, the notebook of run {run_id} is not kept", file=sys.stderr, flush=True)
+        shutil.rmtree(folder, ignore_errors=True)  # makes room for what is still to be said
     if failure:
-        client.set_tag(run_id, "textrelay.failure", failure[:5000])
+        client.set_tag(run_id, "textrelay.failure", shown(failure)[:5000])
     client.set_terminated(run_id, status)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_page(executed: Path) -> None:
+    "Write an executed notebook as HTML beside it; neither tells the password of MLflow's store."
+    from nbconvert import HTMLExporter
+    from nbformat.reader import NotJSONError
+
+    content = executed.read_text(encoding="utf-8", errors="replace")
+    if content != shown(content):
+        executed.write_text(shown(content), encoding="utf-8")
+    try:
+        page, _ = HTMLExporter(mathjax_url="", require_js_url="", exclude_input_prompt=True, exclude_output_prompt=True).from_filename(str(executed))
+    except NotJSONError:  # cut short while it was written, by a kill or a full disk: kept as it is
+        return
+    executed.with_suffix(".html").write_text(page, encoding="utf-8")
 
 
 @contextmanager
@@ -409,7 +435,9 @@ def _execute(notebook: Path, executed: Path, values: Params, run_id: str, folder
         # A report has no progress bars, so it need not say that they could be prettier (tqdm's warning, by the start of its message).
         "PYTHONWARNINGS": ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), "ignore:IProgress not found"])),
     }
-    with environment(**kernel), tempfile.TemporaryDirectory(prefix="textrelay-") as sockets, open(f"{sockets}/stderr", "w+") as talk:
+    short = None if len(tempfile.gettempdir()) < 60 else "/tmp"  # a socket's path has 107 characters at most
+    with (environment(**kernel), tempfile.TemporaryDirectory(prefix="textrelay-", dir=short) as sockets,
+          open(f"{sockets}/stderr", "w+", encoding="utf-8", errors="replace") as talk):
 
         class Kernel(AsyncKernelManager):
             """A kernel whose own stderr is kept for when it dies: what a cell says takes another way, and what is left are things like
@@ -486,7 +514,8 @@ def _stop_kernels(future: Future[Any], patience_s: int = 10) -> None:
 
 
 def _plain(text: str) -> str:
-    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+    "What an exception said, without colours and without the password of MLflow's store."
+    return shown(re.sub(r"\x1b\[[0-9;]*m", "", text))
 
 
 def _code_cell(executed: Path, index: int) -> int:
@@ -554,9 +583,20 @@ def run_chain(
     _without_credentials(wanted, path)
     made = _made(release) if release else {}
     stage = "deploy" if release else stage
+    if stage and (idle := sorted(set(overrides or {}) - {stage})):
+        raise ValueError(f"--set {idle[0]}.…: only the stage {stage} is run, so it would not be in force; leave it out, or run the chain without --stage")
     if stage and stage not in wanted:
         raise ValueError(f"{path}: no stage {stage!r}; it has {[s for s in STAGES if s in wanted]}")
     results = passed_stages(from_run) if from_run else made
+    needed = STAGES[: STAGES.index(stage)] if stage else STAGES
+    if from_run and (changed := _changed({s: r for s, r in results.items() if s in needed}, wanted, path, root)):
+        name, what = changed
+        run = results[name]["run_id"][:8]
+        if stage:
+            print(f"{name}: {what} changed since run {run}, whose result is taken as it is", file=sys.stderr, flush=True)
+        else:
+            print(f"{name}: {what} changed since run {run}; it is run again, and what follows from it", file=sys.stderr, flush=True)
+            results = {s: r for s, r in results.items() if STAGES.index(s) < STAGES.index(name)}
     todo = [stage] if stage else [s for s in STAGES if s in wanted and s not in results]
     if stage and (lacking := [s for s in STAGES[: STAGES.index(stage)] if s in wanted and s not in results and s in declared(notebook_of(stage, root))]):
         where = f"run {from_run} has none that passed" if from_run else "name the chain's run that has them with --from RUN"
@@ -575,6 +615,17 @@ def run_chain(
                 raise ConnectionError(f"{problem}; the chain stopped\n  what passed is kept; once it answers, go on with: {shlex.join(command)}") from e
             raise
     return Chain(run_id, results)
+
+
+def _changed(results: Mapping[str, Params], wanted: dict[str, Params], path: Path, root: Path) -> tuple[str, str] | None:
+    "The first stage whose result does not follow from the params file, or from what it names, as they are now; and which of the two."
+    for name in [s for s in STAGES if s in results and s in wanted]:
+        notebook = notebook_of(name, root)
+        values = effective(notebook, _with_results(name, wanted, results, root), f"{path}: {name}")
+        now, then = stage_key(notebook, _json(values), root), store().get_run(results[name]["run_id"]).data.tags.get(PARTS, "{}")
+        if what := [part for part in ("params", "inputs") if now[part] != json.loads(then).get(part, now[part])]:
+            return name, " and ".join(what)
+    return None
 
 
 def _made(release: str) -> dict[str, Params]:
@@ -665,7 +716,7 @@ def _run_stages(
         if verdict == "PASS" or not unreachable():  # who cannot be told is not waited for a second time
             client.set_tag(run_id, "textrelay.verdict", verdict)
             if failure:
-                client.set_tag(run_id, "textrelay.failure", failure[:5000])
+                client.set_tag(run_id, "textrelay.failure", shown(failure)[:5000])
             client.set_terminated(run_id, "FAILED" if failure else "FINISHED")
 
 
