@@ -5,9 +5,7 @@
 # %% ../../nbs/lib/46_batch.ipynb #313ee0ef
 from __future__ import annotations
 
-import csv
 import fcntl
-import io
 import json
 import os
 import shutil
@@ -23,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .core import Row, digest_file, digest_json, digest_tree, read_json, scan_table, write_json, write_table
+from .core import Row, csv_text, digest_file, digest_json, digest_tree, read_json, scan_table, write_json, write_table
 from .filters import HELD_BACK
 from .model import Model, best_label
 from .worker import read_bundle
@@ -92,12 +90,7 @@ def score_rows(
 def _encoded(rows: list[Row], suffix: str, header: bool) -> bytes:
     if suffix != ".csv":
         return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode()
-    out = io.StringIO(newline="")
-    writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n")
-    if header:
-        writer.writeheader()
-    writer.writerows({k: "" if v is None else repr(v) if isinstance(v, float) else v for k, v in r.items()} for r in rows)
-    return out.getvalue().encode()
+    return csv_text([{k: "" if v is None else repr(v) if isinstance(v, float) else v for k, v in r.items()} for r in rows], header).encode()
 
 # %% ../../nbs/lib/46_batch.ipynb #e86cab8c
 def score_file(

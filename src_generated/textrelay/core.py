@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from typing import Any
 # %% auto #0
 __all__ = ['Row', 'MARKERS', 'IntegrityError', 'Refused', 'StageError', 'digest_bytes', 'digest_json', 'digest_file', 'manifest',
            'digest_tree', 'verify_manifest', 'atomic_write', 'atomic_folder', 'read_yaml', 'write_json', 'json_text',
-           'read_json', 'scan_table', 'read_table', 'write_table', 'dotted', 'dotted_name', 'project_root', 'home']
+           'read_json', 'scan_table', 'read_table', 'csv_text', 'write_table', 'dotted', 'dotted_name', 'project_root',
+           'home']
 
 # %% ../../nbs/lib/00_core.ipynb #ff524bd6
 class IntegrityError(ValueError):
@@ -265,6 +266,24 @@ def _parquet(path: Path) -> Iterator[tuple[Row, int]]:
         raise ValueError(f"{path}: not a Parquet file: {str(e).splitlines()[0]}") from None
 
 
+class _LineFeeds(io.StringIO):
+    def write(self, row: str) -> int:
+        return super().write(row.removesuffix("\r\n") + "\n")
+
+
+def csv_text(
+    rows: Sequence[Mapping[str, Any]],  # at least one, all with the same keys
+    header: bool = True,                # False: the rows alone
+) -> str:                               # each row ends in a line feed
+    "Rows as CSV."
+    out = _LineFeeds(newline="")
+    writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\r\n")  # it quotes what ends lines, and readers take a bare carriage return for an end, too
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
 def write_table(
     path: str | Path,                  # .csv or .jsonl
     rows: Iterable[Mapping[str, Any]], # all with the same keys for CSV
@@ -273,12 +292,7 @@ def write_table(
     rows = list(rows)
     if Path(path).suffix != ".csv":
         return atomic_write(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-    out = io.StringIO(newline="")
-    if rows:
-        writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return atomic_write(path, out.getvalue())
+    return atomic_write(path, csv_text(rows) if rows else "")
 
 # %% ../../nbs/lib/00_core.ipynb #1f346cf6
 def dotted(

@@ -119,8 +119,10 @@ def measure_engines(
     rounds: int = 3,            # of timing
 ) -> list[dict[str, Any]]:      # a row each: engine, ms, ms_batch, agreement, difference, low, high, moved, mb, eligible, why
     "Build engines and measure them side by side; the base engine is always among them, and first. What cannot be exported has one row, torch, that says why."
-    if len(texts) != len(y) or not len(texts):
-        raise ValueError(f"measure_engines: {len(texts)} texts and {len(y)} labels; expected the same number, at least one")
+    if not len(texts):
+        raise ValueError("measure_engines: no text to measure with; do the filters before the classifier hold back every validation message?")
+    if len(texts) != len(y):
+        raise ValueError(f"measure_engines: {len(texts)} texts and {len(y)} labels; expected the same number")
     try:
         exported = export_onnx(clf, Path(path) / "exported")
     except ExportError as e:

@@ -43,9 +43,9 @@ def _part(scores: Scores, slice_: str) -> tuple[np.ndarray, str]:
     if name not in scores.slices:
         return np.zeros(0, dtype=bool), f"the score table has no slice {name!r}; it has {sorted(scores.slices) or 'none'}"
     mask = np.array([v == value for v in scores.slices[name]])
-    values = sorted(set(scores.slices[name]))
     few = f"{mask.sum()} rows where {slice_}, at least {ROWS} are needed"
-    return mask, "" if mask.sum() >= ROWS else few if mask.any() else f"no row where {slice_}; there are {values[:20]}"
+    none = f"no row where {slice_}; the column has {len(set(scores.slices[name]))} other values"  # not which: they may be addresses
+    return mask, "" if mask.sum() >= ROWS else few if mask.any() else none
 
 # %% ../../nbs/lib/15_judging.ipynb #2cda537e
 def _decided(found: Mapping[str, float], margin: float, less: bool) -> str:
@@ -95,12 +95,14 @@ def _planted(scores: Scores, metric: str) -> dict[str, Scores]:
     "Models whose verdict is known, on the rows of a table."
     k, n = len(scores.classes), len(scores)
     true = np.array([scores.classes.index(c) if c in scores.classes else -1 for c in scores.y])
+    eager = next((i for i, c in enumerate(scores.classes) if metric == f"claimed.{metric_name(c)}"), 0)
     scored: dict[str, Any] = {"status": ["scored"] * n, "reason": [None] * n}
     status, reason = ("abstained" if metric == "rate.abstained" else "suppressed"), metric.removeprefix("rate.").replace(".", ":")
     return {
         "wrong": replace(scores, P=np.eye(k)[(true + 1) % k], ms=scores.ms * 0 + 1e9, model="", **scored),
         "silent": replace(scores, P=np.full((n, k), np.nan), ms=scores.ms * 0 + 1e9, model="", status=[status] * n, reason=[reason] * n),
         "right": replace(scores, P=np.eye(k)[true], ms=scores.ms * 0, model="", **scored),
+        "eager": replace(scores, P=np.eye(k)[[eager] * n], ms=scores.ms * 0, model="", **scored),
     }
 
 
@@ -140,8 +142,8 @@ def judge_scores(
 ) -> Verdict:                            # PASS only if every check passes
     "Judge a candidate by the tables that scoring wrote."
     check_rules(rules)
-    champion = champion and replace(champion, slices=scores.slices)
     problem = _whose(scores, champion, digests) or (champion and _other_rows(scores, champion)) or ""
+    champion = champion if problem else champion and replace(champion, slices=scores.slices)  # which fit the same rows alone
     tested = [_tested(rule, scores, None if problem else champion) for rule in rules]
     checks = [_self_test_check(rules, tested), _leak_check(leaks, len(scores))]
     if champion or problem:

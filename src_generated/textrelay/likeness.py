@@ -9,7 +9,7 @@ import math
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -47,17 +47,30 @@ def alike(
     rank[np.argsort(counts, kind="stable")] = np.arange(len(every))  # rarest first
     ranked = [np.sort(rank[np.searchsorted(every, s)]) for s in sets]
     theirs = ranked[len(texts) :]
-    holders: dict[int, list[int]] = defaultdict(list)
+    holders: dict[int, list[tuple[float, int]]] = defaultdict(list)
     for m, other in enumerate(theirs):
-        for shingle in _rarest(other, threshold):
-            holders[shingle].append(m)
+        for place, shingle in enumerate(_rarest(other, threshold)):
+            holders[shingle].append((place * (1 + threshold) - len(other), m))
+    for held in holders.values():
+        held.sort()
     for n, one in enumerate(ranked[: len(texts)]):
         compared: set[int] = set()
-        for m in (m for shingle in _rarest(one, threshold) for m in holders.get(shingle, ())):
-            if m not in compared and threshold * len(one) <= len(theirs[m]) <= len(one) / threshold and (found := _jaccard(one, theirs[m])) >= threshold:
+        for m in _candidates(one, theirs, holders, threshold):
+            if m not in compared and (found := _jaccard(one, theirs[m])) >= threshold:
                 yield n, m, found
                 break
             compared.add(m)
+
+
+def _candidates(one: np.ndarray, theirs: Sequence[np.ndarray], holders: Mapping[int, list[tuple[float, int]]], threshold: float) -> Iterator[int]:
+    "Sets that share one of the rarest members and can be alike, some of them again."
+    # What they share begins at places i and j, so size - i and other size - j are at least t / (1 + t) of both sizes: size - (1 + t) i >= t other size; so for j.
+    for place, shingle in enumerate(_rarest(one, threshold)):
+        for lacks, m in holders.get(shingle, ()):
+            if lacks > 1e-6 - threshold * len(one):
+                break  # sorted: so do all that follow
+            if threshold * len(theirs[m]) <= len(one) - (1 + threshold) * place + 1e-6:
+                yield m
 
 
 def _rarest(ranked: np.ndarray, threshold: float) -> list[int]:

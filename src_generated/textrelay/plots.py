@@ -167,7 +167,8 @@ def precision_recall(
     "Precision by recall over scored rows, one label against the rest; with many labels all of them together and the five worst."
     from sklearn.metrics import average_precision_score, precision_recall_curve
 
-    P, y = scores.P[scores.scored], scores.y[scores.scored]
+    known = scores.scored & (scores.y != "")
+    P, y = scores.P[known], scores.y[known]
     truth = y[:, None] == np.array(scores.classes)
     ranked = sorted((average_precision_score(truth[:, n], P[:, n]), c, n) for n, c in enumerate(scores.classes) if truth[:, n].any())
     figure, ax = _figure(6.4, 4)
