@@ -5,6 +5,7 @@
 # %% ../../nbs/lib/20_classifier.ipynb #df051abd
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -356,11 +357,24 @@ class TransformerClassifier(ClassifierMixin, BaseEstimator):
             return
         params = {k: v for k, v in self.get_params().items() if k not in ("checkpoints", "quiet", "model")}
         rows = [[hashlib.sha256("\0".join(t).encode()).hexdigest(), i.tolist()] for t, i in (train, held_out or ([], np.array([])))]
-        weights = digest_file(Path(model_folder(self.model, revision=self.revision)) / "model.safetensors")
-        folder = Path(self.checkpoints) / digest_json([params, rows, weights, self.classes_.tolist()]).split(":")[1][:16]
+        source = Path(model_folder(self.model, revision=self.revision))
+        model = {p.name: digest_file(p) for p in source.iterdir() if p.name == "model.safetensors" or p.suffix in (".json", ".txt", ".model")}
+        folder = Path(self.checkpoints) / digest_json([params, rows, model, self.classes_.tolist()]).split(":")[1][:16]
         folder.mkdir(parents=True, exist_ok=True)
-        yield folder
-        shutil.rmtree(folder)  # trained to the end; only an interrupted training leaves its checkpoints
+        lock = folder.with_suffix(".lock")
+        with open(lock, "w") as f:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given back when the file is closed, by a crash too
+            except BlockingIOError:
+                raise ValueError(f"{folder}: the same training is running already; wait for it, or name another folder for checkpoints") from None
+            for checkpoint in folder.glob("checkpoint-*"):
+                try:
+                    read_json(checkpoint / "trainer_state.json")  # what is written last
+                except (FileNotFoundError, ValueError):
+                    shutil.rmtree(checkpoint)  # killed while it was written
+            yield folder
+            shutil.rmtree(folder)  # trained to the end; only an interrupted training leaves its checkpoints
+            lock.unlink()
 
     def _train(self, train: tuple[list[str], np.ndarray], held_out: tuple[list[str], np.ndarray] | None, checkpoints: Path) -> None:
         if self.precision not in ("auto", "float32", "bfloat16"):
@@ -374,7 +388,8 @@ class TransformerClassifier(ClassifierMixin, BaseEstimator):
             per_device_eval_batch_size=64, learning_rate=self.learning_rate, warmup_steps=self.warmup, weight_decay=self.weight_decay,
             bf16=bf16, seed=self.seed, train_sampling_strategy="group_by_length", logging_strategy="epoch",
             eval_strategy="epoch" if held_out else "no", save_strategy="epoch", save_total_limit=1,
-            save_only_model=self.checkpoints is None, load_best_model_at_end=held_out is not None, metric_for_best_model="f1_macro",
+            save_only_model=self.checkpoints is None, restore_callback_states_from_checkpoint=True,  # such as how long it has not improved
+            load_best_model_at_end=held_out is not None, metric_for_best_model="f1_macro",
             report_to="none", disable_tqdm=True, dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available(),
         )
         rows, held_rows = self._rows(*train), self._rows(*_by_length(*held_out)) if held_out else None
@@ -385,7 +400,11 @@ class TransformerClassifier(ClassifierMixin, BaseEstimator):
             )
             trainer.head_learning_rate = self.head_learning_rate
             trainer.remove_callback(transformers.PrinterCallback)
-            trainer.train(resume_from_checkpoint=transformers.trainer_utils.get_last_checkpoint(str(checkpoints)))
+            last = transformers.trainer_utils.get_last_checkpoint(str(checkpoints))
+            done = transformers.TrainerState.load_from_json(f"{last}/trainer_state.json") if last else None
+            if done and done.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
+                args.num_train_epochs = done.epoch  # patience had ended when it was cut off: the best epoch is loaded, and no other trained
+            trainer.train(resume_from_checkpoint=last)
         self.history_ = _history(trainer.state.log_history)
         # Accelerate leaves its autocast around forward; scoring through it would be bfloat16 until the model is saved and loaded.
         self.network_ = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).float().cpu().eval()
