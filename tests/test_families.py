@@ -76,6 +76,15 @@ def test_a_fitted_family_tells_texts_apart_and_cuts_long_ones(fitted: Any) -> No
     assert np.abs(fitted.predict_proba(TEXTS[::-1])[::-1] - P[:6]).max() < 1e-5, "a row depends on its neighbours"
 
 
+def test_a_fine_tuned_family_is_fitted_again_with_other_labels(fitted: Any, tmp_path: Path) -> None:
+    from textrelay.classifier import TransformerClassifier
+
+    labels = ["yes", "no"] * 3
+    clf = TransformerClassifier(str(fitted.save(tmp_path / "three")), epochs=1, quiet=True, threads=1).fit(TEXTS, labels)
+    loaded = TransformerClassifier.load(clf.save(tmp_path / "two"))
+    assert np.array_equal(loaded.predict_proba(TEXTS), clf.predict_proba(TEXTS)) and list(loaded.classes_) == ["no", "yes"]
+
+
 def test_onnx_and_torch_agree(fitted: Any, tmp_path: Path) -> None:
     from textrelay.classifier import export_onnx
     from textrelay.runtime import ExportedClassifier

@@ -5,9 +5,12 @@
 # %% ../../nbs/lib/20_classifier.ipynb #df051abd
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
+import math
 import os
+import random
 import shutil
 import sys
 import tempfile
@@ -132,10 +135,31 @@ def _threads(n: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _check_rows(texts: list[str], labels: np.ndarray, where: str = "") -> None:
+    if len(texts) != len(labels) or not texts:
+        raise ValueError(f"{where}X has {len(texts)} rows, y has {len(labels)}; expected the same number, at least one")
+
+
+@contextmanager
+def _own_random_numbers(seed: int) -> Iterator[None]:
+    "Inside, random numbers follow from the seed; outside they go on as if none had been drawn: a caller who shuffles between trainings must not get one order each time."
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        transformers.set_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
 def _texts(X: Iterable[Any]) -> list[str]:
     "A list of texts from a list, an array, a Series, or a table with one column."
-    values: Any = X.iloc[:, 0] if getattr(X, "ndim", 1) == 2 and hasattr(X, "iloc") else X
-    values = values[:, 0] if getattr(values, "ndim", 1) == 2 else values
+    values: Any = X
+    if getattr(values, "ndim", 1) == 2:
+        if values.shape[1] != 1:  # which one holds the texts? The first may be an id
+            raise ValueError(f"X: expected texts or one column of them, found {values.shape[1]} columns; choose one, such as X['text']")
+        values = values.iloc[:, 0] if hasattr(values, "iloc") else values[:, 0]
     if isinstance(values, (str, bytes)):
         raise ValueError("X: expected a list of texts, found one text; write [text]")
     texts = list(values)
@@ -149,12 +173,12 @@ CURVES = {"loss": "loss", "eval_loss": "validation_loss", "eval_f1_macro": "vali
 
 
 def _history(log: list[dict[str, float]]) -> list[dict[str, float]]:
-    "The Trainer's log, one row an epoch."
+    "The Trainer's log, one row an epoch, without what is no number because the training diverged: JSON has no NaN."
     rows: dict[float, dict[str, float]] = {}
     for entry in log:
         for name in CURVES.keys() & entry.keys():
             rows.setdefault(round(entry["epoch"], 3), {})[CURVES[name]] = float(entry[name])
-    return [{"epoch": epoch, **{name: row[name] for name in CURVES.values() if name in row}} for epoch, row in sorted(rows.items())]
+    return [{"epoch": epoch, **{name: row[name] for name in CURVES.values() if math.isfinite(row.get(name, math.nan))}} for epoch, row in sorted(rows.items())]
 
 
 class _Progress(transformers.TrainerCallback):
@@ -167,6 +191,12 @@ class _Progress(transformers.TrainerCallback):
         print(f"epoch {row.pop('epoch'):g}/{args.num_train_epochs:g}: " + ", ".join(f"{k} {v:.4f}" for k, v in row.items()), file=sys.stderr, flush=True)
 
 
+def _is_head(network: Any, name: str) -> bool:
+    "Whether a weight is of the head or pooler: what a pretrained model need not have, since fine-tuning begins with a new one."
+    inside = f"{network.base_model_prefix}."
+    return not name.startswith(inside) or name.startswith(inside + "pooler.")
+
+
 class _Trainer(transformers.Trainer):
     head_learning_rate: float | None = None
 
@@ -175,8 +205,7 @@ class _Trainer(transformers.Trainer):
         optimizer = super().create_optimizer(*args)
         if self.head_learning_rate is not None:
             network: Any = self.model
-            inside = f"{network.base_model_prefix}."
-            head = {id(p) for name, p in network.named_parameters() if not name.startswith(inside) or name.startswith(inside + "pooler.")}
+            head = {id(p) for name, p in network.named_parameters() if _is_head(network, name)}
             for group in list(optimizer.param_groups):
                 faster = [p for p in group["params"] if id(p) in head]
                 group["params"] = [p for p in group["params"] if id(p) not in head]
@@ -231,14 +260,14 @@ def _first_position_only(network: Any) -> Any:
 
 
 @contextmanager
-def _vocabulary_in_use(network: Any, rows: list[dict[str, Any]]) -> Iterator[None]:
+def _vocabulary_in_use(network: Any, rows: list[dict[str, Any]], padding: int | None) -> Iterator[None]:
     """Inside, the embedding table holds only the word pieces that occur in these rows, and the rows are numbered accordingly.
 
     A fine-tuning set uses a tenth of a vocabulary; the others have no gradient, yet optimizer, norm and zeroing go through all of them each step.
     The result is the same, but that rows of the table which were never seen stay as they were instead of decaying."""
     table = network.get_input_embeddings()
-    # Networks look for padding and end by number, so these numbers stay.
-    special = max((v for k, v in network.config.to_dict().items() if k.endswith("_token_id") and isinstance(v, int)), default=0)
+    # Networks look for padding and end by number, and batches are padded with the tokenizer's, so these numbers stay.
+    special = max([padding or 0, *(v for k, v in network.config.to_dict().items() if k.endswith("_token_id") and isinstance(v, int))])
     used = sorted({*range(special + 1), *(piece for row in rows for piece in row["input_ids"])})
     if type(table) is not torch.nn.Embedding or len(used) > len(table.weight) // 2:
         yield  # something of its own, or not worth it
@@ -307,12 +336,20 @@ class TransformerClassifier(ClassifierMixin, BaseEstimator):
         validation: tuple[Iterable[str], Iterable[Any]] | None = None,  # texts and labels for early stopping
     ) -> TransformerClassifier:  # itself; `classes_`, `history_` and `network_` are set
         "Fine-tune on texts and labels."
+        try:
+            self._fit(X, y, validation)
+        except BaseException:  # Ctrl-C, too: neither a network that is half trained may answer, nor an older one with the new labels
+            for name in [name for name in vars(self) if name.endswith("_")]:
+                delattr(self, name)
+            raise
+        return self
+
+    def _fit(self, X: Iterable[str], y: Iterable[Any], validation: tuple[Iterable[str], Iterable[Any]] | None) -> None:
         if y is None:
             raise ValueError("TransformerClassifier requires y to be passed, but the target y is None")
         texts, labels = _texts(X), column_or_1d(np.asarray(y if hasattr(y, "__array__") else list(y)), warn=True)
         check_classification_targets(labels)
-        if len(texts) != len(labels) or not texts:
-            raise ValueError(f"X has {len(texts)} rows, y has {len(labels)}; expected the same number, at least one")
+        _check_rows(texts, labels)
         self.classes_ = np.unique(labels)
         if len(self.classes_) < 2:
             raise ValueError(f"y has only one class, {str(self.classes_[0])!r}; a classifier needs two or more")
@@ -320,16 +357,16 @@ class TransformerClassifier(ClassifierMixin, BaseEstimator):
         held_out = None
         if validation is not None:
             held_out = _texts(validation[0]), self._indices(np.asarray(list(validation[1])), "validation")
-        transformers.set_seed(self.seed)  # before the head is drawn
+            _check_rows(*held_out, "validation: ")
         folder = model_folder(self.model, revision=self.revision, sha256=self.sha256)
-        self._load(folder, labels=[str(c) for c in self.classes_])
-        if self.dropout is not None:
-            for layer in self.network_.modules():
-                if isinstance(layer, torch.nn.Dropout):
-                    layer.p = self.dropout
-        with _threads(self.threads), self._checkpoint_folder(train, held_out) as checkpoints:
-            self._train(train, held_out, checkpoints)
-        return self
+        with _own_random_numbers(self.seed), _threads(self.threads):
+            self._load(folder, labels=[str(c) for c in self.classes_])
+            if self.dropout is not None:
+                for layer in self.network_.modules():
+                    if isinstance(layer, torch.nn.Dropout):
+                        layer.p = self.dropout
+            with self._checkpoint_folder(train, held_out) as checkpoints:
+                self._train(train, held_out, checkpoints)
 
     def _indices(self, labels: np.ndarray, what: str) -> np.ndarray:
         if len(unknown := np.setdiff1d(labels, self.classes_)):
@@ -340,12 +377,16 @@ class TransformerClassifier(ClassifierMixin, BaseEstimator):
         with _quiet_transformers():
             self.tokenizer_ = transformers.AutoTokenizer.from_pretrained(folder)
             names = {} if labels is None else {"num_labels": len(labels), "id2label": dict(enumerate(labels)),
-                                               "label2id": {name: n for n, name in enumerate(labels)}}
+                                               "label2id": {name: n for n, name in enumerate(labels)}, "problem_type": "single_label_classification"}
             # Eager attention is what the ONNX exporter knows for every family, so it scores, too; training takes the fastest that the model has.
-            network = transformers.AutoModelForSequenceClassification.from_pretrained(
+            network, loaded = transformers.AutoModelForSequenceClassification.from_pretrained(
                 folder, use_safetensors=True, attn_implementation=None if labels else "eager", dtype=torch.float32,
-                ignore_mismatched_sizes=labels is not None, **names
+                ignore_mismatched_sizes=labels is not None, output_loading_info=True, **names
             )
+            absent = sorted({*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])})  # these are random now
+            if wrong := [name for name in absent if labels is None or not _is_head(network, name)]:
+                raise ValueError(f"{folder}: config.json asks for {len(wrong)} weights that model.safetensors does not have in that shape, "
+                                 f"such as {wrong[0]!r}; take both files from the same model")
             self.network_ = _first_position_only(network.eval())
 
     @contextmanager
@@ -356,11 +397,24 @@ class TransformerClassifier(ClassifierMixin, BaseEstimator):
             return
         params = {k: v for k, v in self.get_params().items() if k not in ("checkpoints", "quiet", "model")}
         rows = [[hashlib.sha256("\0".join(t).encode()).hexdigest(), i.tolist()] for t, i in (train, held_out or ([], np.array([])))]
-        weights = digest_file(Path(model_folder(self.model, revision=self.revision)) / "model.safetensors")
-        folder = Path(self.checkpoints) / digest_json([params, rows, weights, self.classes_.tolist()]).split(":")[1][:16]
+        source = Path(model_folder(self.model, revision=self.revision))
+        model = {p.name: digest_file(p) for p in source.iterdir() if p.name == "model.safetensors" or p.suffix in (".json", ".txt", ".model")}
+        folder = Path(self.checkpoints) / digest_json([params, rows, model, self.classes_.tolist()]).split(":")[1][:16]
         folder.mkdir(parents=True, exist_ok=True)
-        yield folder
-        shutil.rmtree(folder)  # trained to the end; only an interrupted training leaves its checkpoints
+        lock = folder.with_suffix(".lock")
+        with open(lock, "w") as f:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given back when the file is closed, by a crash too
+            except BlockingIOError:
+                raise ValueError(f"{folder}: the same training is running already; wait for it, or name another folder for checkpoints") from None
+            for checkpoint in folder.glob("checkpoint-*"):
+                try:
+                    read_json(checkpoint / "trainer_state.json")  # what is written last
+                except (FileNotFoundError, ValueError):
+                    shutil.rmtree(checkpoint)  # killed while it was written
+            yield folder
+            shutil.rmtree(folder)  # trained to the end; only an interrupted training leaves its checkpoints
+            lock.unlink()
 
     def _train(self, train: tuple[list[str], np.ndarray], held_out: tuple[list[str], np.ndarray] | None, checkpoints: Path) -> None:
         if self.precision not in ("auto", "float32", "bfloat16"):
@@ -374,18 +428,24 @@ class TransformerClassifier(ClassifierMixin, BaseEstimator):
             per_device_eval_batch_size=64, learning_rate=self.learning_rate, warmup_steps=self.warmup, weight_decay=self.weight_decay,
             bf16=bf16, seed=self.seed, train_sampling_strategy="group_by_length", logging_strategy="epoch",
             eval_strategy="epoch" if held_out else "no", save_strategy="epoch", save_total_limit=1,
-            save_only_model=self.checkpoints is None, load_best_model_at_end=held_out is not None, metric_for_best_model="f1_macro",
+            save_only_model=self.checkpoints is None, restore_callback_states_from_checkpoint=True,  # such as how long it has not improved
+            load_best_model_at_end=held_out is not None, metric_for_best_model="f1_macro",
             report_to="none", disable_tqdm=True, dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available(),
         )
         rows, held_rows = self._rows(*train), self._rows(*_by_length(*held_out)) if held_out else None
-        with _vocabulary_in_use(self.network_, rows.encodings + (held_rows.encodings if held_rows else [])), _quiet_transformers():
+        encodings = rows.encodings + (held_rows.encodings if held_rows else [])
+        with _vocabulary_in_use(self.network_, encodings, self.tokenizer_.pad_token_id), _quiet_transformers():
             trainer = _Trainer(
                 model=self.network_, args=args, train_dataset=rows, eval_dataset=held_rows,
                 data_collator=transformers.DataCollatorWithPadding(self.tokenizer_), compute_metrics=_macro_f1, callbacks=callbacks,
             )
             trainer.head_learning_rate = self.head_learning_rate
             trainer.remove_callback(transformers.PrinterCallback)
-            trainer.train(resume_from_checkpoint=transformers.trainer_utils.get_last_checkpoint(str(checkpoints)))
+            last = transformers.trainer_utils.get_last_checkpoint(str(checkpoints))
+            done = transformers.TrainerState.load_from_json(f"{last}/trainer_state.json") if last else None
+            if done and done.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
+                args.num_train_epochs = done.epoch  # patience had ended when it was cut off: the best epoch is loaded, and no other trained
+            trainer.train(resume_from_checkpoint=last)
         self.history_ = _history(trainer.state.log_history)
         # Accelerate leaves its autocast around forward; scoring through it would be bfloat16 until the model is saved and loaded.
         self.network_ = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).float().cpu().eval()
@@ -492,7 +552,8 @@ def _positions(network: Any) -> int:  # word pieces
 
 
 def _macro_f1(prediction: Any) -> dict[str, float]:
-    guessed = prediction.predictions.argmax(axis=-1)
+    logits = prediction.predictions
+    guessed = (logits[0] if isinstance(logits, tuple) else logits).argmax(axis=-1)  # some networks give their hidden states, too
     return {"f1_macro": float(f1_score(prediction.label_ids, guessed, average="macro", zero_division=0)),
             "accuracy": float((prediction.label_ids == guessed).mean())}
 
@@ -551,15 +612,30 @@ def export_onnx(
     return Path(path)
 
 # %% ../../nbs/lib/20_classifier.ipynb #2af48348
+class _Folds:
+    "Three folds, or as many as the rarest label has rows. A label with a single row cannot be learnt and held back: then all rows are both, and probabilities too bold."
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def get_n_splits(self, *_: Any) -> int:
+        return 3
+
+    def split(self, X: Any, y: np.ndarray, groups: Any = None) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+        from sklearn.model_selection import StratifiedKFold
+
+        everything, folds = np.arange(len(y)), min(3, np.unique(y, return_counts=True)[1].min())
+        return StratifiedKFold(folds, shuffle=True, random_state=self.seed).split(X, y) if folds > 1 else [(everything, everything)]
+
+
 def tfidf_svm(
     seed: int = 0,  # of the calibration folds
 ) -> Any:           # an unfitted scikit-learn pipeline with predict and predict_proba
     "TF-IDF of words and word pairs, linear SVM with calibrated probabilities (Platt 1999): the baseline that every report shows."
     from sklearn.calibration import CalibratedClassifierCV
     from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.model_selection import StratifiedKFold
     from sklearn.pipeline import make_pipeline
     from sklearn.svm import LinearSVC
 
-    folds = StratifiedKFold(3, shuffle=True, random_state=seed)
-    return make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, strip_accents="unicode"), CalibratedClassifierCV(LinearSVC(), cv=folds, ensemble=False))
+    calibrated = CalibratedClassifierCV(LinearSVC(), cv=_Folds(seed), ensemble=False)
+    return make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, strip_accents="unicode"), calibrated)

@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -32,7 +32,7 @@ Record = dict[str, Any]  # one row of a table
 # %% auto #0
 __all__ = ['Record', 'EXPERIMENT', 'PUBLICATIONS', 'DEFAULTS', 'TALK', 'KINDS', 'SPLITS', 'tracking_uri', 'shown', 'shown_uri',
            'environment', 'store', 'unreachable', 'experiment', 'current_run', 'Publication', 'publish', 'publications',
-           'resolve', 'consume', 'Dataset', 'load_dataset', 'obtain']
+           'resolve', 'consume', 'Dataset', 'load_dataset', 'check_variations', 'obtain']
 
 # %% ../../nbs/lib/03_exchange.ipynb #7cd4c2f3
 EXPERIMENT = "textrelay"            # chains; its runs nest: one parent, four stages
@@ -454,10 +454,7 @@ def load_dataset(
     name: str | None = None,     # what to call it; the file's or folder's name if None
 ) -> Dataset:                    # checked; a row without an id gets 'part-number'
     "Read and check labelled rows. Errors name the file, the row and the remedy."
-    path = Path(path)
-    if path.is_dir() and len(only := [p for p in sorted(path.iterdir()) if p.suffix in (".csv", ".jsonl", ".ndjson")]) == 1:
-        path = only[0]  # a single table that was published arrives as a folder with one file
-    dropped = 0
+    path, dropped = _table_or_parts(Path(path)), 0
     if path.is_dir():
         tables = {s: _part(path, s) for s in SPLITS}
         splits = {s: _checked(p, read_table(p), text, label) for s, p in tables.items()}
@@ -479,6 +476,24 @@ def load_dataset(
     data = Dataset(name or path.stem, splits, text, label, dropped)
     _check_labels(path, data)
     return data
+
+
+def check_variations(
+    variations: Sequence[Mapping[str, Any]],  # further trainings: what each changes
+    path: str | Path,                         # the data set, as for `load_dataset`
+) -> None:
+    "Raise unless each changes what can be changed: else the same training would be reported as another one."
+    for n, change in enumerate(variations, 1):
+        if unknown := sorted(set(change) - {"rows", "seed", "split_seed"}):
+            raise ValueError(f"variation {n}, {change}: unknown keys {unknown}; a variation changes rows, seed or split_seed")
+        if "split_seed" in change and _table_or_parts(Path(path)).is_dir():
+            raise ValueError(f"variation {n}, {change}: the data set comes in three parts and has no other split; leave split_seed out, or give one table")
+
+
+def _table_or_parts(path: Path) -> Path:
+    "The one table, or the folder of three: a single table that was published arrives as a folder with one file."
+    only = [p for p in path.iterdir() if p.suffix in (".csv", ".jsonl", ".ndjson")] if path.is_dir() else []
+    return only[0] if len(only) == 1 else path
 
 
 def _part(folder: Path, split: str) -> Path:

@@ -143,6 +143,8 @@ class ExportedClassifier:
         batch_size: int | None = None,  # rows of like length scored together; None: BATCH, or 1 where a row would depend on its neighbours
     ) -> np.ndarray:               # shape (n, k), float64, rows sum to 1, columns as in `classes_`
         "Class probabilities of each text, in the order given."
+        if isinstance(X, (str, bytes)):  # a list of its letters would be answered
+            raise ValueError("X: expected a list of texts, found one text; write [text]")
         encoded = self._encode(list(X))
         out, size = np.zeros((len(encoded), len(self.classes_))), batch_size or self._rows
         order = sorted(range(len(encoded)), key=lambda n: len(encoded[n].ids))  # neighbours of one length need no padding
