@@ -32,7 +32,8 @@ from .worker import frame, log_to_stderr, read_frame, read_request
 log = logging.getLogger("textrelay.capture")
 
 # %% auto #0
-__all__ = ['log', 'FILE_MB', 'BACKLOG', 'redact', 'to_event', 'Folder', 'Capture', 'record', 'main', 'read_capture']
+__all__ = ['log', 'FILE_MB', 'BACKLOG', 'redact', 'to_event', 'Folder', 'Capture', 'record', 'main', 'read_capture',
+           'recorded_data']
 
 # %% ../../nbs/lib/44_capture.ipynb #21b72954
 _PATTERNS = (
@@ -264,7 +265,7 @@ def read_capture(
                 continue
             try:
                 event = json.loads(line)
-                messages, answer = _messages(event["captureData"]["endpointInput"]), json.loads(_data(event["captureData"]["endpointOutput"]))
+                messages, answer = _messages(event["captureData"]["endpointInput"]), json.loads(recorded_data(event["captureData"]["endpointOutput"]))
                 told = {"variant": file.parents[4].name, "time": event["eventMetadata"]["inferenceTime"], "release": answer["model"]["release"]}
                 for message, row in zip(messages, answer["predictions"], strict=True):
                     yield {**message, **{k: row[k] for k in ("label", "score", "status", "reason", "prediction_id")}, **told}
@@ -272,12 +273,15 @@ def read_capture(
                 raise ValueError(f"{file}, line {n}: not an event of textrelay's endpoints ({type(e).__name__})") from None
 
 
-def _data(part: Mapping[str, str]) -> bytes:
+def recorded_data(
+    part: Mapping[str, str],  # 'endpointInput' or 'endpointOutput' of an event
+) -> bytes:                   # a body, as it came or went
+    "What was recorded, in whatever way SageMaker wrote it down."
     return base64.b64decode(part["data"]) if part["encoding"] == "BASE64" else part["data"].encode()
 
 
 def _messages(part: Mapping[str, str]) -> list[dict[str, Any]]:
     "Messages of a recorded request; SageMaker records it as it came, so that it is redacted here."
-    items = read_request(_data(part), part["observedContentType"])
+    items = read_request(recorded_data(part), part["observedContentType"])
     return [item if isinstance(item, dict) and {"id", "text", "subject", "headers"} <= set(item) else _recorded(item, n, redact) for n, item in enumerate(items)]
 
