@@ -144,6 +144,7 @@ def promote(
     last, serving = in_force(seen), where.find(endpoint)
     asked = (entry.release, endpoint, target, wanted)
     if last and _running(serving) == entry.release and (last.release, last.endpoint, last.target, last.settings) == asked:
+        _mirror(entry.name)  # what is repeated may have failed there
         return last, serving
     change = claim(entry, environment, seen=seen, endpoint=endpoint, approvals=[a.id for a in yes], run_id=run_id, target=target, settings=wanted)
     return _carry_out(change, seen, bundle, where)
@@ -179,8 +180,16 @@ def _carry_out(change: Change, seen: Sequence[Change], bundle: Bundle, where: An
         _restore(change, in_force(history(change.name, change.environment)), where)
         raise RuntimeError(f"{change.release[:19]} in {change.name}@{change.environment}: {done.why or 'undone by somebody else'}, while this process seemed to be gone; "
                            f"the target serves again what is in force. Look with: textrelay status {change.name}")
-    mirror(change.name)
+    _mirror(change.name)
     return done, running
+
+
+def _mirror(name: str) -> None:
+    "Aliases are for readers: where they cannot be set, what is in force is in force none the less."
+    try:
+        mirror(name)
+    except Exception as e:
+        _heard(f"{name}: its aliases could not be set ({e}); nothing depends on them, and they follow the journal again with: textrelay status {name}")
 
 
 def _deploy(change: Change, bundle: Bundle, where: Any) -> Any:
@@ -288,7 +297,7 @@ def settle(
         done = close(change, "undone", f"was cut off; {problem}")
     elif problem:
         return f"{what} was cut off; {problem}. " + (f"Put it right with: textrelay rollback {change.endpoint}" if before else "Promote again what shall be in force")
-    mirror(name)
+    _mirror(name)
     return f"{what} {done.why}"
 
 # %% ../../nbs/lib/56_releases.ipynb #6a1f0e11
