@@ -36,11 +36,14 @@ __all__ = ['log', 'FILE_MB', 'BACKLOG', 'redact', 'to_event', 'Folder', 'Capture
            'recorded_data']
 
 # %% ../../nbs/lib/44_capture.ipynb #21b72954
-_PATTERNS = (
-    (re.compile(r"[\w.!#$%&'*+/=?^`{|}~-]{1,64}@[\w-]+(?:\.[\w-]+)+"), "[address]"),
+_DASH = r"\-\u2010-\u2015\u2212\ufe58\ufe63\uff0d"  # hyphens and dashes as word processors set them
+_DATE = rf"\d{{4}}[{_DASH}]\d\d[{_DASH}]\d\d\b|\d\d?[./]\d\d?[./]\d{{2,4}}\b"
+_PATTERNS = (  # each repetition that may fail is bounded: no text may keep the recorder from the next one
+    (re.compile(r"""(?:[\w.!#$%&'*+/=?^`{|}~-]{1,64}|"[^"\r\n]{1,64}")@[\w-]+(?:\.[\w-]+)+"""), "[address]"),
     (re.compile(r"\b(?:https?://|ftp://|www\.)[^\s<>\"')\]]+", re.I), "[link]"),
+    (re.compile(r"(?<![\w.-])(?:[\w-]{1,63}\.){1,8}[a-z]{2,24}(?:/[^\s<>\"')\]?]{0,200})?\?[\w.-]{1,64}=[^\s<>\"')\]]*", re.I), "[link]"),  # acme.example/x?who=ann
     (re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,4})?\b"), "[number]"),  # IBAN, ISO 13616
-    (re.compile(r"(?<![\w.])(?!\d{4}-\d\d-\d\d\b|\d\d?[./]\d\d?[./]\d{2,4}\b)\+?\(?\d(?:[\s().\-/]{0,2}\d){6,18}(?!\w)"), "[number]"),  # cards have 19
+    (re.compile(rf"(?<![\w.])(?!{_DATE})\+?\(?\d(?:[\s()./{_DASH}]{{0,2}}\d){{6,18}}(?!\w)"), "[number]"),  # cards have 19
 )
 _HEADERS = re.compile(r"auto-submitted|(x-)?precedence|x-(mail-)?auto[a-z-]*|x-apple-action|x-vacation|content-type|x-failed-recipients", re.I)
 
