@@ -287,8 +287,8 @@ def settle(
         try:
             _prove(serving, change.release, bundle_of(find_release(change.release, name)), where)
             done = close(change, "in force", "was cut off when its release served already; finished, as the target serves it and it answers its golden rows")
-        except RuntimeError as e:
-            problem = f"the target serves it, but wrongly: {e}"
+        except Exception as e:  # its bundle may be damaged or deleted: all the more must somebody be able to put something else there
+            problem = f"the target serves it, but that it is right cannot be shown: {str(e).rstrip('.')}"
     elif runs == wanted and (runs or not serving):
         done = close(change, "undone", f"was cut off before its release served; undone, as the target still serves {runs[:19] if runs else 'nothing'}")
     else:
