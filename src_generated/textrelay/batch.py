@@ -47,6 +47,12 @@ def _message(row: Row, n: int, source: Path, text: str, label: str | None) -> Ro
     named = {k: row[k] for k in ("id", "subject", "headers") if row.get(k) not in (None, "")}
     if "headers" in named:
         named["headers"] = _headers(named["headers"], f"{source}, row {n}")
+    used = [("raw" if whole else text), *([label] if label else [])]
+    for column, value in {**{k: row[k] for k in used}, **named}.items():
+        try:
+            json.dumps(value, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError:  # JSON can say it, an endpoint refuses it as well, and no table could hold it
+            raise ValueError(f"{source}, row {n}: column {column!r}: half of a surrogate pair is not text; put U+FFFD there, or leave the row out") from None
     return {**named, **({"raw": row["raw"] or ""} if whole else {"text": row[text]})}
 
 

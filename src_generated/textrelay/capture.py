@@ -32,14 +32,18 @@ from .worker import frame, log_to_stderr, read_frame, read_request
 log = logging.getLogger("textrelay.capture")
 
 # %% auto #0
-__all__ = ['log', 'FILE_MB', 'BACKLOG', 'redact', 'to_event', 'Folder', 'Capture', 'record', 'main', 'read_capture']
+__all__ = ['log', 'FILE_MB', 'BACKLOG', 'redact', 'to_event', 'Folder', 'Capture', 'record', 'main', 'read_capture',
+           'recorded_data']
 
 # %% ../../nbs/lib/44_capture.ipynb #21b72954
-_PATTERNS = (
-    (re.compile(r"[\w.!#$%&'*+/=?^`{|}~-]{1,64}@[\w-]+(?:\.[\w-]+)+"), "[address]"),
+_DASH = r"\-\u2010-\u2015\u2212\ufe58\ufe63\uff0d"  # hyphens and dashes as word processors set them
+_DATE = rf"\d{{4}}[{_DASH}]\d\d[{_DASH}]\d\d\b|\d\d?[./]\d\d?[./]\d{{2,4}}\b"
+_PATTERNS = (  # each repetition that may fail is bounded: no text may keep the recorder from the next one
+    (re.compile(r"""(?:[\w.!#$%&'*+/=?^`{|}~-]{1,64}|"[^"\r\n]{1,64}")@[\w-]+(?:\.[\w-]+)+"""), "[address]"),
     (re.compile(r"\b(?:https?://|ftp://|www\.)[^\s<>\"')\]]+", re.I), "[link]"),
+    (re.compile(r"(?<![\w.-])(?:[\w-]{1,63}\.){1,8}[a-z]{2,24}(?:/[^\s<>\"')\]?]{0,200})?\?[\w.-]{1,64}=[^\s<>\"')\]]*", re.I), "[link]"),  # acme.example/x?who=ann
     (re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,4})?\b"), "[number]"),  # IBAN, ISO 13616
-    (re.compile(r"(?<![\w.])(?!\d{4}-\d\d-\d\d\b|\d\d?[./]\d\d?[./]\d{2,4}\b)\+?\(?\d(?:[\s().\-/]{0,2}\d){6,18}(?!\w)"), "[number]"),  # cards have 19
+    (re.compile(rf"(?<![\w.])(?!{_DATE})\+?\(?\d(?:[\s()./{_DASH}]{{0,2}}\d){{6,18}}(?!\w)"), "[number]"),  # cards have 19
 )
 _HEADERS = re.compile(r"auto-submitted|(x-)?precedence|x-(mail-)?auto[a-z-]*|x-apple-action|x-vacation|content-type|x-failed-recipients", re.I)
 
@@ -264,7 +268,7 @@ def read_capture(
                 continue
             try:
                 event = json.loads(line)
-                messages, answer = _messages(event["captureData"]["endpointInput"]), json.loads(_data(event["captureData"]["endpointOutput"]))
+                messages, answer = _messages(event["captureData"]["endpointInput"]), json.loads(recorded_data(event["captureData"]["endpointOutput"]))
                 told = {"variant": file.parents[4].name, "time": event["eventMetadata"]["inferenceTime"], "release": answer["model"]["release"]}
                 for message, row in zip(messages, answer["predictions"], strict=True):
                     yield {**message, **{k: row[k] for k in ("label", "score", "status", "reason", "prediction_id")}, **told}
@@ -272,12 +276,15 @@ def read_capture(
                 raise ValueError(f"{file}, line {n}: not an event of textrelay's endpoints ({type(e).__name__})") from None
 
 
-def _data(part: Mapping[str, str]) -> bytes:
+def recorded_data(
+    part: Mapping[str, str],  # 'endpointInput' or 'endpointOutput' of an event
+) -> bytes:                   # a body, as it came or went
+    "What was recorded, in whatever way SageMaker wrote it down."
     return base64.b64decode(part["data"]) if part["encoding"] == "BASE64" else part["data"].encode()
 
 
 def _messages(part: Mapping[str, str]) -> list[dict[str, Any]]:
     "Messages of a recorded request; SageMaker records it as it came, so that it is redacted here."
-    items = read_request(_data(part), part["observedContentType"])
+    items = read_request(recorded_data(part), part["observedContentType"])
     return [item if isinstance(item, dict) and {"id", "text", "subject", "headers"} <= set(item) else _recorded(item, n, redact) for n, item in enumerate(items)]
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from heapq import merge
+from importlib.util import decode_source
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from .flavor import model_folder
 from .metrics import PAIRED, Scores, compare, evaluate, mcnemar, metric_name, read_scores
 from .registry import Change, entries, environments, find_release, history, in_force
 from .releases import built_from
+from .trace import exported_cells
 from .worker import read_bundle
 
 # %% auto #0
@@ -143,12 +145,9 @@ def library_cells(
     for wheel in sorted(Path(bundle).glob("wheels/*.whl")):
         with zipfile.ZipFile(wheel) as z:
             for name in sorted(n for n in z.namelist() if n.endswith(".py") and not n.endswith("_modidx.py")):
-                text = z.read(name).decode()
-                head, *marked = re.split(r"^# %% (.+) #(\w+)$", text, flags=re.MULTILINE)
-                if not marked and text.strip():
-                    found[name] = text.strip()
-                cells = zip(marked[::3], marked[1::3], marked[2::3], strict=True)
-                found |= {f"{re.sub(r'^([.][.]/)+', '', path)} #{cell}": body.strip() for path, cell, body in cells if path.endswith(".ipynb")}
+                text = decode_source(z.read(name))
+                cells = {f"{path} #{cell}": source for _, path, cell, source in exported_cells(text)}
+                found |= cells or ({name: text.strip()} if text.strip() else {})
     return found
 
 
@@ -521,7 +520,8 @@ def _scores(step: Step | None, name: str) -> Scores | None:
 
 def _moves(release: Release) -> list[Change]:
     "Its entries in the journals of all environments."
-    return sorted((c for name, e in environments(release.name) for c in history(name, e) if c.release == release.digest), key=lambda c: c.made)
+    journals = ([c for c in history(name, e) if c.release == release.digest] for name, e in environments(release.name))
+    return list(merge(*journals, key=lambda c: c.made))  # by time, but each journal in its own order, whatever the clocks said
 
 
 def _check(line: str) -> dict[str, str]:

@@ -337,7 +337,27 @@ def mirror(
     "Let the aliases of a model follow its journals."
     from mlflow.exceptions import MlflowException
 
-    client, wanted = store(), dict[str, str | None]()
+    client, said = store(), list[str]()
+    for _ in range(5):  # who wrote last may have read the journal first: whoever wrote looks again
+        wanted = _wanted(name)
+        try:
+            have = {k: str(v) for k, v in client.get_registered_model(name).aliases.items()}
+        except MlflowException as e:
+            if e.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            break
+        if not (wrong := {alias: version for alias, version in wanted.items() if have.get(alias) != version}):
+            break
+        for alias, version in wrong.items():
+            client.set_registered_model_alias(name, alias, version) if version else client.delete_registered_model_alias(name, alias)
+            was = f"version {have[alias]}" if alias in have else "not there"
+            said.append(f"alias {name}@{alias}: was {was}, is {f'version {version}' if version else 'gone'} now, as the journal says")
+    return said
+
+
+def _wanted(name: str) -> dict[str, str | None]:
+    "The version that each alias should name; None: there should be no such alias."
+    wanted: dict[str, str | None] = {}
     for _, environment in environments(name):
         changes = history(name, environment)
         now = in_force(changes)
@@ -345,16 +365,4 @@ def mirror(
         if environment == "production":
             before = former(changes, now)
             wanted["previous"] = before.version if before else None
-    try:
-        have = {k: str(v) for k, v in client.get_registered_model(name).aliases.items()}
-    except MlflowException as e:
-        if e.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return []
-    said = []
-    for alias, version in wanted.items():
-        if have.get(alias) != version:
-            client.set_registered_model_alias(name, alias, version) if version else client.delete_registered_model_alias(name, alias)
-            was = f"version {have[alias]}" if alias in have else "not there"
-            said.append(f"alias {name}@{alias}: was {was}, is {f'version {version}' if version else 'gone'} now, as the journal says")
-    return said
+    return wanted

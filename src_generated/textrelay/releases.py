@@ -144,6 +144,7 @@ def promote(
     last, serving = in_force(seen), where.find(endpoint)
     asked = (entry.release, endpoint, target, wanted)
     if last and _running(serving) == entry.release and (last.release, last.endpoint, last.target, last.settings) == asked:
+        _mirror(entry.name)  # what is repeated may have failed there
         return last, serving
     change = claim(entry, environment, seen=seen, endpoint=endpoint, approvals=[a.id for a in yes], run_id=run_id, target=target, settings=wanted)
     return _carry_out(change, seen, bundle, where)
@@ -179,8 +180,16 @@ def _carry_out(change: Change, seen: Sequence[Change], bundle: Bundle, where: An
         _restore(change, in_force(history(change.name, change.environment)), where)
         raise RuntimeError(f"{change.release[:19]} in {change.name}@{change.environment}: {done.why or 'undone by somebody else'}, while this process seemed to be gone; "
                            f"the target serves again what is in force. Look with: textrelay status {change.name}")
-    mirror(change.name)
+    _mirror(change.name)
     return done, running
+
+
+def _mirror(name: str) -> None:
+    "Aliases are for readers: where they cannot be set, what is in force is in force none the less."
+    try:
+        mirror(name)
+    except Exception as e:
+        _heard(f"{name}: its aliases could not be set ({e}); nothing depends on them, and they follow the journal again with: textrelay status {name}")
 
 
 def _deploy(change: Change, bundle: Bundle, where: Any) -> Any:
@@ -278,8 +287,8 @@ def settle(
         try:
             _prove(serving, change.release, bundle_of(find_release(change.release, name)), where)
             done = close(change, "in force", "was cut off when its release served already; finished, as the target serves it and it answers its golden rows")
-        except RuntimeError as e:
-            problem = f"the target serves it, but wrongly: {e}"
+        except Exception as e:  # its bundle may be damaged or deleted: all the more must somebody be able to put something else there
+            problem = f"the target serves it, but that it is right cannot be shown: {str(e).rstrip('.')}"
     elif runs == wanted and (runs or not serving):
         done = close(change, "undone", f"was cut off before its release served; undone, as the target still serves {runs[:19] if runs else 'nothing'}")
     else:
@@ -288,7 +297,7 @@ def settle(
         done = close(change, "undone", f"was cut off; {problem}")
     elif problem:
         return f"{what} was cut off; {problem}. " + (f"Put it right with: textrelay rollback {change.endpoint}" if before else "Promote again what shall be in force")
-    mirror(name)
+    _mirror(name)
     return f"{what} {done.why}"
 
 # %% ../../nbs/lib/56_releases.ipynb #6a1f0e11

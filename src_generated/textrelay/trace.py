@@ -13,17 +13,20 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.util import decode_source
 from pathlib import Path
 from typing import Any
 
+from .capture import recorded_data
 from .core import project_root, read_json
 from .exchange import shown_uri, store
 from .flavor import model_folder
+from .worker import read_request
 
 _ID = re.compile(r"([0-9a-f]{12})-([0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12})")
 
 # %% auto #0
-__all__ = ['trace', 'Place', 'find_class', 'answers_in', 'as_text']
+__all__ = ['trace', 'Place', 'exported_cells', 'find_class', 'answers_in', 'as_text']
 
 # %% ../../nbs/lib/57_trace.ipynb #08575396
 def trace(
@@ -104,6 +107,16 @@ class Place:
     code_from: str         # 'git': the notebook at that commit; 'wheel': what ran
 
 
+def exported_cells(
+    text: str,  # a module, as `decode_source` reads it
+) -> list[tuple[int, str, str, str]]:  # line of its marker, notebook, id, source; none of a module that no notebook exported
+    "Cells that nbdev exported to a module. JupyterLab's ids have hyphens, nbdev's have none; names of notebooks may have spaces."
+    marks = list(re.finditer(r"^# %% (.+) #([\w-]+)$", text, re.MULTILINE))
+    ends = [*(m.start() for m in marks[1:]), len(text)]
+    cells = [(text.count("\n", 0, m.end()) + 1, re.sub(r"^(\.\./)+", "", m[1]), m[2], text[m.end() : end].strip()) for m, end in zip(marks, ends, strict=False)]
+    return [cell for cell in cells if cell[1].endswith(".ipynb")]  # nbdev's own, such as that of __all__, are of none
+
+
 def find_class(
     bundle: str | Path,  # a bundle
     name: str,           # dotted name of a class, as model.json has it
@@ -115,25 +128,28 @@ def find_class(
     for wheel in sorted(Path(bundle).glob("wheels/*.whl")):
         with zipfile.ZipFile(wheel) as z:
             member = next((m for m in (f"{path}.py", f"{path}/__init__.py") if m in z.namelist()), None)
-            text = z.read(member).decode() if member else ""
-        node = next((n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ClassDef) and n.name == cls), None)
+            text = decode_source(z.read(member)) if member else ""
+        node = _class(ast.parse(text), cls)
         if member and node:
             return _place(text, node, member, packages.get(wheel.name, {}))
     raise LookupError(f"{name}: in none of the wheels of {bundle}")
 
 
 def _place(text: str, node: ast.ClassDef, member: str, package: Mapping[str, Any]) -> Place:
-    lines = text.splitlines()
-    marks = [(n, m[1], m[2]) for n, line in enumerate(lines, 1) if (m := re.match(r"# %% (\S+\.ipynb) #(\w+)", line))]
-    before = [mark for mark in marks if mark[0] < node.lineno]
+    before = [cell for cell in exported_cells(text) if cell[0] < node.lineno]
     known = (package.get("name", ""), package.get("source"), package.get("commit"))
     if not before:
-        return Place(None, None, member, node.lineno, *known, "\n".join(lines[node.lineno - 1 : node.end_lineno]), "wheel")
-    start, notebook, cell = before[-1]
-    end = next((n for n, *_ in marks if n > node.lineno), len(lines) + 1)
-    path = "/".join(filter(None, [package.get("subfolder"), re.sub(r"^(\.\./)+", "", notebook)]))
+        return Place(None, None, member, node.lineno, *known, "\n".join(text.split("\n")[node.lineno - 1 : node.end_lineno]), "wheel")
+    _, notebook, cell, source = before[-1]
+    path = "/".join(filter(None, [package.get("subfolder"), notebook]))
     code = _cell_at(package.get("commit"), path, cell)
-    return Place(path, cell, member, node.lineno, *known, code or "\n".join(lines[start : end - 1]).strip(), "git" if code else "wheel")
+    return Place(path, cell, member, node.lineno, *known, code or source, "git" if code else "wheel")
+
+
+def _class(tree: ast.AST, name: str) -> ast.ClassDef | None:
+    "The class that a module has under a name in the end: not one inside of another, and the last one where a later cell wrote it anew."
+    found = [n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == name]
+    return max(found, key=lambda n: (-n.col_offset, n.lineno), default=None)
 
 
 def _cell_at(commit: str | None, path: str, cell: str) -> str | None:
@@ -187,8 +203,7 @@ def _by_reason(bundle: Path, reason: str | None) -> list[tuple[str, str]]:
             body = ast.parse("\n".join(line for line in place.source_code.splitlines() if not line.startswith(("%", "!"))))  # without magics
         except (LookupError, SyntaxError):
             continue
-        cls = step["class"].rpartition(".")[2]
-        node = next((n for n in ast.walk(body) if isinstance(n, ast.ClassDef) and n.name == cls), None)
+        node = _class(body, step["class"].rpartition(".")[2])
         if node and any(isinstance(c, ast.Constant) and isinstance(c.value, str) and c.value.partition(":")[0] == wanted for c in ast.walk(node)):
             found.append((step["class"], str(reason)))
     return found
@@ -233,13 +248,21 @@ def _answers(value: Any) -> Iterator[tuple[dict[str, Any], Any]]:
         for one in value:
             yield from _answers(one)
     elif isinstance(value, dict) and "captureData" in value:
-        asked, said = (json.loads(value["captureData"][part]["data"]) for part in ("endpointInput", "endpointOutput"))
-        yield from ((row, message) for row, message in zip(said["predictions"], asked, strict=True) if row.get("prediction_id"))
+        yield from ((row, message) for row, message in _recorded(value["captureData"]) if row.get("prediction_id"))
     elif isinstance(value, dict) and "predictions" in value:
         yield from _answers(value["predictions"])
     elif isinstance(value, dict) and value.get("prediction_id"):
         message = {k: value[k] for k in ("id", "text", "subject", "headers") if value.get(k)} if value.get("text") else None
         yield value, message
+
+
+def _recorded(data: Mapping[str, Any]) -> list[tuple[dict[str, Any], Any]]:
+    "Answers with messages: SageMaker recorded those as they were sent, in any form that an endpoint reads, and so they are asked again."
+    try:
+        asked, said = data["endpointInput"], json.loads(recorded_data(data["endpointOutput"]))
+        return list(zip(said["predictions"], read_request(recorded_data(asked), asked["observedContentType"]), strict=True))
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"a recorded line is not of textrelay's endpoints ({type(e).__name__}); give one with request and answer, or a prediction id") from None
 
 
 def as_text(
