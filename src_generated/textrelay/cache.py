@@ -19,15 +19,15 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
-from .core import digest_bytes, digest_file, digest_json
-from .exchange import resolve, store
+from .core import CLUTTER, digest_bytes, digest_file, digest_json
+from .exchange import quoted, resolve, store
 from .provenance import environment_lock
 from .wheels import local_source, remote_state
 
 KEY = "textrelay.key"       # tag of a stage's run: digest of its key
 PARTS = "textrelay.key_of"  # tag: the parts of the key, so that a change can be named
 FOUND = "textrelay.found"   # tag: what moving names pointed at when the stage began
-_PASSING = frozenset({".git", ".venv", "__pycache__", ".ipynb_checkpoints", ".DS_Store"})  # what comes and goes in a folder without a change of its content
+_PASSING = CLUTTER | {".git", ".venv"}  # what comes and goes in a folder without a change of its content
 SIGNING_KEY = "TEXTRELAY_SIGNING_KEY"  # environment variable: file or text of the key that signs a bundle
 
 # %% auto #0
@@ -227,6 +227,8 @@ def earlier(
     from mlflow.artifacts import load_dict
     from mlflow.exceptions import MlflowException
 
+    from textrelay.registry import entries
+
     passed = f"tags.`textrelay.stage` = '{stage}' and tags.`textrelay.verdict` = 'PASS' and attributes.status = 'FINISHED'"
     order = ["attributes.start_time DESC"]
     same = store().search_runs([experiment_id], f"{passed} and tags.`{KEY}` = '{digest_json(dict(key))}'", order_by=order, max_results=20)
@@ -241,13 +243,17 @@ def earlier(
         except (MlflowException, OSError):
             why = why or f"the artifacts of run {run.info.run_id[:8]} are gone"
             continue
+        name, version = result.get("name"), result.get("version")
+        if name and version and str(version) not in {e.version for e in entries(name)}:
+            why = why or f"version {version} of {name}, which run {run.info.run_id[:8]} made, is gone"
+            continue
         then = json.loads(tags.get(FOUND, "{}"))
         if _stands(now, then, result.get("release")):
             return Earlier(run.info.run_id, f"{datetime.fromtimestamp(run.info.start_time / 1000, UTC):%Y-%m-%d %H:%M}", result)
         why = why or ", ".join(k for k in now if now[k] != result.get("release")) + f" moved since run {run.info.run_id[:8]}"
     if why:
         return why
-    last = store().search_runs([experiment_id], f"{passed} and tags.`textrelay.params` = '{params}'", order_by=order, max_results=1)
+    last = store().search_runs([experiment_id], f"{passed} and tags.`textrelay.params` = {quoted(params)}", order_by=order, max_results=1)
     if not last:
         return ""
     before = json.loads(last[0].data.tags[PARTS])
