@@ -11,19 +11,23 @@ import os
 import re
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
-from .core import digest_bytes, digest_file, digest_json, digest_tree
-from .exchange import resolve, store
+from .core import CLUTTER, digest_bytes, digest_file, digest_json
+from .exchange import quoted, resolve, store
 from .provenance import environment_lock
+from .wheels import local_source, remote_state
 
 KEY = "textrelay.key"       # tag of a stage's run: digest of its key
 PARTS = "textrelay.key_of"  # tag: the parts of the key, so that a change can be named
 FOUND = "textrelay.found"   # tag: what moving names pointed at when the stage began
+_PASSING = CLUTTER | {".git", ".venv"}  # what comes and goes in a folder without a change of its content
 SIGNING_KEY = "TEXTRELAY_SIGNING_KEY"  # environment variable: file or text of the key that signs a bundle
 
 # %% auto #0
@@ -54,6 +58,7 @@ def stage_key(
     params = {k: v for k, v in values.items() if not _is_result(v)}
     inputs = {k: v for k, v in values.items() if _is_result(v)} | dict(sorted(set(_contents(params, Path(root)))))
     cells = _cells(notebook)
+    inputs["import"] = _helpers("\n".join(source for kind, source, _ in cells if kind == "code"), Path(root))
     if any(SIGNING_KEY in source for _, source, _ in cells):  # what was sealed without a key, or with another one, is not what is asked for
         inputs[SIGNING_KEY] = _signing_key(Path(root))
     return {
@@ -82,6 +87,18 @@ def _source(path: Path) -> str:
     return digest_json({f.relative_to(path).as_posix(): digest_file(f) for f in files if f.name != "_modidx.py"})
 
 
+def _helpers(code: str, root: Path) -> dict[str, str]:
+    "Modules at the project's top that code imports, and that those import -> digest. No others: a change of tests/ is none of a stage's."
+    found, waiting = dict[str, str](), [code]
+    while waiting:
+        imported = " ".join(map("".join, re.findall(r"\bfrom\s+([\w.]+)\s+import\b|(?:\bimport|%run)(.*)", waiting.pop())))
+        for name in set(re.findall(r"\w+", imported)) - found.keys():
+            if files := [*sorted((root / name).rglob("*.py")), *root.glob(f"{name}.py")]:
+                found[name] = digest_json({f.relative_to(root).as_posix(): digest_file(f) for f in files})
+                waiting += [f.read_text(encoding="utf-8", errors="replace") for f in files]
+    return found
+
+
 def _contents(value: Any, root: Path) -> Iterator[tuple[str, str]]:
     "What the values stand for: (value, digest of its content)."
     if isinstance(value, Mapping):
@@ -91,43 +108,75 @@ def _contents(value: Any, root: Path) -> Iterator[tuple[str, str]]:
     elif isinstance(value, (list, tuple)):
         for v in value:
             yield from _contents(v, root)
-    elif isinstance(value, str) and 1 < len(value) < 1000 and "\n" not in value:
-        path = root / value
-        if os.path.isfile(path):  # unlike Path's own, False for a sentence that is too long for a name
-            yield value, digest_file(path)
-        elif os.path.isdir(path) and path.resolve() != root.resolve():
-            yield value, _tree(path)
-        elif re.fullmatch(r"[^\s/:@']*@\S+|sha256:[^\s@']+", value):  # a publication; not a sentence with an '@' in it
-            try:
-                yield value, resolve(value).digest
-            except ValueError:
-                yield value, "missing"  # the stage will say so
-        elif re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", value) and (spec := _top_module(value)):
-            yield value, spec
+    elif isinstance(value, str) and 0 < len(value) < 1000 and "\n" not in value and (digest := _content(value, root)):
+        yield value, digest
+
+
+def _content(value: str, root: Path) -> str | None:
+    "Digest of what a text stands for; None if it is just a text."
+    place = local_source(value)
+    if place is None:
+        try:
+            return remote_state(value)
+        except (RuntimeError, ValueError):
+            return uuid.uuid4().hex  # whether its tag was moved cannot be known, so nothing is reused; the stage will say what is wrong
+    path = _in_package(value) or root / place
+    if os.path.isfile(path):  # unlike Path's own, False for a sentence that is too long for a name
+        return digest_file(path)
+    if os.path.isdir(path) and (_is_buildable(path) or re.search(r"\w", value) and not root.resolve().is_relative_to(path.resolve())):  # '.', '/' and '~' are no data
+        return _tree(path)
+    if re.fullmatch(r"[^\s/:@']*@\S+|sha256:[^\s@']+", value):  # a publication; not a sentence with an '@' in it
+        try:
+            return resolve(value).digest
+        except ValueError:
+            return "missing"  # the stage will say so
+    return _top_module(value) if re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", value) else None
+
+
+def _is_buildable(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("pyproject.toml", "setup.py"))
 
 
 def _tree(path: Path) -> str:
-    "Digest of a folder; of sources with links in what git ignores (an environment), of what git does not ignore."
-    try:
-        return digest_tree(path)
-    except ValueError:
-        listed = subprocess.run(["git", "-C", str(path), "ls-files", "-coz", "--exclude-standard"], capture_output=True, text=True)
-        names = [n for n in listed.stdout.split("\0") if n and (path / n).is_file() and not (path / n).is_symlink()]
-        if not names:
-            raise
-        return digest_json({n: digest_file(path / n) for n in names})
+    "Digest of a folder; of a private package's, of what a wheel is built from: what git does not ignore."
+    listed = ""
+    if _is_buildable(path):
+        listed = subprocess.run(["git", "-C", str(path), "ls-files", "-coz", "--exclude-standard"], capture_output=True, text=True).stdout
+    names = [path / n for n in listed.split("\0") if n and _PASSING.isdisjoint(n.split("/"))] or [path]
+    return digest_json({f.relative_to(path).as_posix(): digest_file(f) for name in names for f in _files(name)})
+
+
+def _files(path: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    "Files below, also through links (a Hugging Face snapshot is nothing else), but not in circles."
+    if path.name in _PASSING:
+        return
+    if path.is_file():
+        yield path
+    elif path.is_dir() and (real := path.resolve()) not in above:
+        for child in sorted(path.iterdir()):
+            yield from _files(child, above | {real})
+
+
+def _in_package(value: str) -> Path | None:
+    "The folder that 'package:NAME/folder' means (see `classifier.model_folder`)."
+    package, _, inside = value.removeprefix("package:").partition("/")
+    spec = _spec(package) if value.startswith("package:") else None
+    return Path(spec.submodule_search_locations[0]) / inside if spec and spec.submodule_search_locations else None
 
 
 def _top_module(dotted: str) -> str | None:
     "Digest of the source of the package that a dotted name is in, None if there is none."
+    spec = _spec(dotted.partition(".")[0])
+    places = [Path(p) for p in spec.submodule_search_locations or [spec.origin or "none"]] if spec else []  # a namespace package has several
+    digests = [_source(p) for p in places if p.suffix == ".py" or any(p.rglob("*.py"))]
+    return digest_json(digests) if digests else None
+
+
+def _spec(name: str) -> ModuleSpec | None:
     try:
-        spec = importlib.util.find_spec(dotted.partition(".")[0])
+        return importlib.util.find_spec(name)
     except (ImportError, ValueError):
         return None
-    if spec is None or not spec.origin or not spec.origin.endswith(".py"):
-        return None
-    origin = Path(spec.origin)
-    return _source(origin.parent if spec.submodule_search_locations else origin)
 
 # %% ../../nbs/lib/55_cache.ipynb #c941cfbe
 def found(
@@ -178,6 +227,8 @@ def earlier(
     from mlflow.artifacts import load_dict
     from mlflow.exceptions import MlflowException
 
+    from textrelay.registry import entries
+
     passed = f"tags.`textrelay.stage` = '{stage}' and tags.`textrelay.verdict` = 'PASS' and attributes.status = 'FINISHED'"
     order = ["attributes.start_time DESC"]
     same = store().search_runs([experiment_id], f"{passed} and tags.`{KEY}` = '{digest_json(dict(key))}'", order_by=order, max_results=20)
@@ -192,13 +243,17 @@ def earlier(
         except (MlflowException, OSError):
             why = why or f"the artifacts of run {run.info.run_id[:8]} are gone"
             continue
+        name, version = result.get("name"), result.get("version")
+        if name and version and str(version) not in {e.version for e in entries(name)}:
+            why = why or f"version {version} of {name}, which run {run.info.run_id[:8]} made, is gone"
+            continue
         then = json.loads(tags.get(FOUND, "{}"))
         if _stands(now, then, result.get("release")):
             return Earlier(run.info.run_id, f"{datetime.fromtimestamp(run.info.start_time / 1000, UTC):%Y-%m-%d %H:%M}", result)
         why = why or ", ".join(k for k in now if now[k] != result.get("release")) + f" moved since run {run.info.run_id[:8]}"
     if why:
         return why
-    last = store().search_runs([experiment_id], f"{passed} and tags.`textrelay.params` = '{params}'", order_by=order, max_results=1)
+    last = store().search_runs([experiment_id], f"{passed} and tags.`textrelay.params` = {quoted(params)}", order_by=order, max_results=1)
     if not last:
         return ""
     before = json.loads(last[0].data.tags[PARTS])

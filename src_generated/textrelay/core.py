@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import io
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -20,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['Row', 'MARKERS', 'IntegrityError', 'Refused', 'StageError', 'digest_bytes', 'digest_json', 'digest_file', 'manifest',
-           'digest_tree', 'verify_manifest', 'atomic_write', 'atomic_folder', 'read_yaml', 'write_json', 'json_text',
-           'read_json', 'scan_table', 'read_table', 'csv_text', 'write_table', 'dotted', 'dotted_name', 'project_root',
-           'home']
+__all__ = ['CLUTTER', 'Row', 'MARKERS', 'IntegrityError', 'Refused', 'StageError', 'digest_bytes', 'digest_json', 'digest_file',
+           'manifest', 'digest_tree', 'verify_manifest', 'atomic_write', 'atomic_folder', 'read_yaml', 'write_json',
+           'json_text', 'read_json', 'scan_table', 'read_table', 'csv_text', 'write_table', 'dotted', 'dotted_name',
+           'project_root', 'home']
 
 # %% ../../nbs/lib/00_core.ipynb #ff524bd6
 class IntegrityError(ValueError):
@@ -60,19 +61,26 @@ def digest_file(
         return "sha256:" + hashlib.file_digest(f, "sha256").hexdigest()
 
 # %% ../../nbs/lib/00_core.ipynb #14eee141
+CLUTTER = frozenset({".ipynb_checkpoints", "__pycache__", ".DS_Store"})  # what JupyterLab, Python and macOS leave in a folder that somebody looks at
+
+
 def manifest(
     path: str | Path,  # a file or a folder
 ) -> dict[str, str]:   # relative POSIX name -> digest, sorted; a single file has its own name
-    "Digest of every file below a folder. Links are refused: their target is not part of the content."
-    root = Path(path)
+    "Digest of every file below a folder, without CLUTTER. Links are refused: their target is not part of the content."
+    return _manifest(Path(path), {})
+
+
+def _manifest(root: Path, expected: Mapping[str, str]) -> dict[str, str]:
     if root.is_file():
         return {root.name: digest_file(root)}
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such file or folder")
-    files = sorted(p for p in root.rglob("*") if p.is_symlink() or not p.is_dir())
-    if links := [p.relative_to(root).as_posix() for p in files if p.is_symlink()]:
+    files = {p.relative_to(root).as_posix(): p for p in sorted(root.rglob("*")) if p.is_symlink() or not p.is_dir()}
+    files = {n: p for n, p in files.items() if n in expected or CLUTTER.isdisjoint(n.split("/"))}
+    if links := [n for n, p in files.items() if p.is_symlink()]:
         raise ValueError(f"{root}: holds symbolic links {links[:3]}; copy the files themselves")
-    return {p.relative_to(root).as_posix(): digest_file(p) for p in files}
+    return {n: digest_file(p) for n, p in files.items()}
 
 
 def digest_tree(
@@ -87,7 +95,7 @@ def verify_manifest(
     expected: Mapping[str, str],  # what `manifest` said when it was written
 ) -> None:
     "Raise an IntegrityError that names the first files that are changed, missing or added."
-    found = manifest(path)
+    found = _manifest(Path(path), expected)  # what was published before clutter was left out still holds
     wrong = {
         "changed": [n for n in expected if n in found and found[n] != expected[n]],
         "missing": [n for n in expected if n not in found],
@@ -121,7 +129,9 @@ def atomic_write(
 def atomic_folder(
     path: str | Path,  # where the folder shall be; what was there before is replaced
 ) -> Iterator[Path]:   # a temporary folder beside it, to be filled
-    "Fill a folder that takes its name only when the block ends without an error."
+    """Fill a folder that takes its name only when the block ends without an error.
+
+    Replacing takes two renames: what is killed (SIGKILL, power) between them leaves the old folder as `.NAME.old.*` beside its place and nothing under the name."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -130,9 +140,13 @@ def atomic_folder(
         os.chmod(temporary, 0o755)
         if path.exists():
             old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-            os.replace(path, old)
-            os.replace(temporary, path)
-            shutil.rmtree(old)
+            try:
+                os.replace(path, old)
+                os.replace(temporary, path)
+            finally:
+                if not path.exists():
+                    os.replace(old, path)
+                shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(temporary, path)
     except BaseException:
@@ -143,16 +157,28 @@ def atomic_folder(
 def read_yaml(
     path: str | Path,  # a YAML 1.2 file
 ) -> Any:              # dicts, lists and plain values
-    "Content of a YAML file; errors name file and line."
+    "Content of a YAML file; errors name file and place."
     from ruamel.yaml import YAML, YAMLError  # here: a server that starts needs none
 
     try:
-        return YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
+        content = YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path}, line {e.object[:e.start].count(10) + 1}: not UTF-8; save it as UTF-8 and try again") from None
     except YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         problem = str(getattr(e, "problem", None) or e).splitlines()[0]
         raise ValueError(f"{path}{where}: not valid YAML: {problem}") from None
+    for place, value in _not_finite(content):
+        raise ValueError(f"{path}: {place} is {value}, which JSON cannot hold; write a number, or null for none")
+    return content
+
+
+def _not_finite(value: Any, place: str = "") -> Iterator[tuple[str, float]]:
+    if isinstance(value, float) and not math.isfinite(value):
+        yield place, value
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from _not_finite(inner, f"{place}.{key}" if place else str(key))
 
 
 def write_json(

@@ -12,9 +12,10 @@ import random
 import re
 import shutil
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -31,8 +32,8 @@ Record = dict[str, Any]  # one row of a table
 
 # %% auto #0
 __all__ = ['Record', 'EXPERIMENT', 'PUBLICATIONS', 'DEFAULTS', 'TALK', 'KINDS', 'SPLITS', 'tracking_uri', 'shown', 'shown_uri',
-           'environment', 'store', 'unreachable', 'experiment', 'current_run', 'Publication', 'publish', 'publications',
-           'resolve', 'consume', 'Dataset', 'load_dataset', 'check_variations', 'obtain']
+           'environment', 'store', 'unreachable', 'experiment', 'current_run', 'Publication', 'publish', 'quoted',
+           'publications', 'resolve', 'consume', 'Dataset', 'load_dataset', 'check_variations', 'obtain']
 
 # %% ../../nbs/lib/03_exchange.ipynb #7cd4c2f3
 EXPERIMENT = "textrelay"            # chains; its runs nest: one parent, four stages
@@ -230,7 +231,7 @@ def publish(
         raise ValueError(f"{path}: nothing to publish, the folder is empty")
     digest = digest_json(content)
     client = store()
-    found = _first(name, digest)
+    found = _first(name, digest, content)
     if found and found.kind != kind:
         raise ValueError(f"{found.reference} has this content as a {found.kind}; publish a {kind} under another name")
     done = found or _upload(client, Path(path), name, kind, digest, content, dict(tags or {}))
@@ -240,8 +241,21 @@ def publish(
     return done
 
 
-def _first(name: str, digest: str) -> Publication | None:
-    return next((p for p in reversed(publications(name)) if p.digest == digest), None)
+def _first(name: str, digest: str, content: dict[str, str]) -> Publication | None:
+    return next((p for p in reversed(publications(name)) if p.digest == digest and _is_whole(p, content)), None)
+
+
+def _is_whole(what: Publication, content: dict[str, str]) -> bool:
+    "Whether the store still has it; else its content gets a new version. Of files on another machine only the manifest is asked for."
+    from mlflow.artifacts import download_artifacts, load_dict
+    from mlflow.exceptions import MlflowException
+
+    try:
+        if store().get_run(what.run_id).info.artifact_uri.startswith("file:"):
+            verify_manifest(download_artifacts(f"runs:/{what.run_id}/content"), content)  # nothing is copied
+        return load_dict(f"runs:/{what.run_id}/manifest.json") == content
+    except (MlflowException, OSError, ValueError):
+        return False
 
 
 def _upload(client: MlflowClient, path: Path, name: str, kind: str, digest: str, content: dict[str, str], tags: dict[str, str]) -> Publication:
@@ -249,7 +263,8 @@ def _upload(client: MlflowClient, path: Path, name: str, kind: str, digest: str,
     by = {"mlflow.parentRunId": r} if (r := current_run()) else {}
     run = client.create_run(experiment(PUBLICATIONS), run_name=f"publish {name}", tags={**facts, **by}).info
     try:
-        (client.log_artifacts if path.is_dir() else client.log_artifact)(run.run_id, str(path), "content")
+        for file in content:  # not the folder as it is: what is no part of the digest is not given away
+            client.log_artifact(run.run_id, str(path / file if path.is_dir() else path), Path("content", file).parent.as_posix())
         client.log_dict(run.run_id, content, "manifest.json")
         _ensure_name(client, name, kind)
         entry = client.create_model_version(name, f"{run.artifact_uri}/content", run.run_id, tags=facts)
@@ -259,7 +274,7 @@ def _upload(client: MlflowClient, path: Path, name: str, kind: str, digest: str,
         raise
     client.set_terminated(run.run_id, "FINISHED")
     done = Publication(name, str(entry.version), digest, kind, run.run_id)
-    first = _first(name, digest) or done
+    first = _first(name, digest, content) or done
     if first != done:
         client.delete_model_version(name, done.version)
         client.delete_run(run.run_id)
@@ -299,11 +314,20 @@ def _log_input(client: MlflowClient, run_id: str, entry: Any, attempts: int = 3)
                 raise
 
 
+def quoted(
+    value: str,  # a name or the value of a tag
+) -> str:
+    "A value for one of MLflow's filters, which know two kinds of quotes and no escape."
+    if "'" in value and '"' in value:
+        raise ValueError(f"{value}: MLflow cannot look for a name with both kinds of quotes; rename it")
+    return f'"{value}"' if "'" in value else f"'{value}'"
+
+
 def publications(
     name: str | None = None,  # only those of this name
 ) -> list[Publication]:       # newest version first within a name
     "What has been published."
-    found = store().search_model_versions(f"name='{name}'" if name else None, max_results=10_000)
+    found = store().search_model_versions(f"name={quoted(name)}" if name else None, max_results=10_000)
     mine = [v for v in found if "textrelay.digest" in v.tags]
     return sorted(
         (Publication(v.name, str(v.version), v.tags["textrelay.digest"], v.tags["textrelay.kind"], v.run_id or "") for v in mine),
@@ -362,27 +386,37 @@ def consume(
 
 def _fetch(client: MlflowClient, what: Publication) -> Path:
     from mlflow.artifacts import load_dict
+    from mlflow.exceptions import MlflowException
 
     cached = home() / "cache" / what.digest.replace(":", "-")
-    content = load_dict(f"runs:/{what.run_id}/manifest.json")
+    try:
+        content = load_dict(f"runs:/{what.run_id}/manifest.json")
+    except MlflowException as e:
+        if e.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise ValueError(f"{what.reference}: its run {what.run_id} was purged from {shown_uri()}. Published again, the same content gets a new version.") from None
     if digest_json(content) != what.digest:
         raise IntegrityError(f"{what.reference}: its manifest differs from the registered digest {what.digest}; somebody changed the store")
-    if cached.exists():
+    if damaged := cached.exists():
         try:
             verify_manifest(cached, content)
             return cached
-        except IntegrityError as e:
+        except (IntegrityError, FileNotFoundError) as e:  # the latter while another process moves it away
             logging.getLogger(__name__).warning("cached copy is damaged, fetching it again: %s", e)
-    try:
-        with atomic_folder(cached) as temporary:
-            client.download_artifacts(what.run_id, "content", str(temporary))
-            got = temporary / "content"
-            verify_manifest(got, content)
-            for child in list(got.iterdir()):
-                child.rename(temporary / child.name)
-            got.rmdir()
-    except IntegrityError as e:
-        raise IntegrityError(f"{what.reference}: {str(e).partition(': ')[2]}") from None
+    cached.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cached.parent, prefix=f".{cached.name}.") as fresh:
+        if damaged:
+            with suppress(FileNotFoundError):
+                os.rename(cached, f"{fresh}/damaged")
+        client.download_artifacts(what.run_id, "content", fresh)
+        try:
+            verify_manifest(f"{fresh}/content", content)
+            os.rename(f"{fresh}/content", cached)
+        except IntegrityError as e:
+            raise IntegrityError(f"{what.reference}: {str(e).partition(': ')[2]} Published again, the same content gets a new version.") from None
+        except OSError:
+            if not cached.is_dir():  # else another process was faster, and perhaps reads it already
+                raise
     return cached
 
 # %% ../../nbs/lib/03_exchange.ipynb #f69badc9
@@ -492,7 +526,7 @@ def check_variations(
 
 def _table_or_parts(path: Path) -> Path:
     "The one table, or the folder of three: a single table that was published arrives as a folder with one file."
-    only = [p for p in path.iterdir() if p.suffix in (".csv", ".jsonl", ".ndjson")] if path.is_dir() else []
+    only = [p for p in path.iterdir() if p.suffix in (".csv", ".jsonl", ".ndjson", ".parquet")] if path.is_dir() else []
     return only[0] if len(only) == 1 else path
 
 

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from .core import IntegrityError, Refused, digest_bytes
-from .exchange import store
+from .exchange import quoted, store
 
 # %% auto #0
 __all__ = ['JOURNAL', 'RECORD', 'BEAT', 'BEAT_S', 'PATIENCE_S', 'Entry', 'register', 'entries', 'find_release', 'Change',
@@ -62,7 +62,7 @@ def entries(
     name: str,       # registered model
 ) -> list[Entry]:    # newest first
     "Versions that are tied to a bundle."
-    found = store().search_model_versions(f"name='{name}'", max_results=10_000)
+    found = store().search_model_versions(f"name={quoted(name)}", max_results=10_000)
     mine = [Entry(v.name, str(v.version), v.tags["textrelay.release"], v.run_id or "", v.tags.get("textrelay.engine")) for v in found if "textrelay.release" in v.tags]
     return sorted(mine, key=lambda e: -int(e.version))
 
@@ -131,7 +131,7 @@ def journal(
 def _records(name: str, environment: str) -> list[tuple[int, str]]:
     "Entries that count, oldest first: number, and what was written."
     where = journal(name, environment)
-    found = store().search_model_versions(f"name='{where}'", max_results=10_000)
+    found = store().search_model_versions(f"name={quoted(where)}", max_results=10_000)
     written = sorted((int(v.version), v.tags[RECORD]) for v in found if RECORD in v.tags)
     counted: list[tuple[int, str]] = []
     last, numbers = _pointer(counted), {0, *(n for n, _ in written)}

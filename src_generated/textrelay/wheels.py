@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 BUILD_S = 600  # seconds for git or pip, at most
 
 # %% auto #0
-__all__ = ['BUILD_S', 'ENGINES', 'BUILDS', 'Package', 'canonical', 'check_source', 'build_wheels', 'requires',
-           'serving_requirements', 'installed_from', 'own_source', 'public_closure', 'platform', 'lock', 'use_wheels',
-           'unpacked']
+__all__ = ['BUILD_S', 'ENGINES', 'BUILDS', 'Package', 'canonical', 'check_source', 'local_source', 'remote_state', 'build_wheels',
+           'requires', 'serving_requirements', 'installed_from', 'own_source', 'public_closure', 'platform', 'lock',
+           'use_wheels', 'unpacked']
 
 # %% ../../nbs/lib/05_wheels.ipynb #96137ef0
 @dataclass(frozen=True)
@@ -101,25 +101,50 @@ def check_source(
                          "or leave it to the ssh agent or ~/.netrc. Revoke the one that was written down.")
 
 
-def _fetch(spec: str, scratch: Path) -> _Checkout | Path:
-    "A checkout of a source, or the wheel that it names."
-    check_source(spec)
-    place = spec.partition(" @ ")[2].strip() or spec
-    if not place.startswith("git+"):
-        path = Path(place.removeprefix("file://")).expanduser()
-        if path.is_file() and path.suffix == ".whl":
-            return path
-        if not path.is_dir():
-            raise ValueError(f"private: {spec}: neither a Git URL (git+https://…@TAG) nor a folder nor a wheel that exists")
-        return _copy(path, scratch)
-    url, _, options = place.removeprefix("git+").partition("#")
+def _origin(spec: str) -> str:
+    return spec.partition(" @ ")[2].strip() or spec
+
+
+def local_source(
+    spec: str,        # of a private package
+) -> Path | None:     # the folder or wheel that it names, whether it exists or not; None: a Git URL
+    "Where a source is on this machine."
+    place = _origin(spec)
+    return None if place.startswith("git+") else Path(os.path.expanduser(place.removeprefix("file://")))  # Path's own raises for a user that is not there
+
+
+def _remote(spec: str) -> tuple[str, str, str, str]:  # URL with what it takes to read it, URL to show, tag or commit, subfolder
+    url, _, options = _origin(spec).removeprefix("git+").partition("#")
     subfolder = dict(o.partition("=")[::2] for o in options.split("&")).get("subdirectory", "")
     parts = urlsplit(url)
     bare, at, rev = parts.path.rpartition("@")
     if not at:
         raise ValueError(f"private: {spec}: name a tag or a commit, such as {spec}@v1.0")
     public = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], bare, "", ""))
-    full = _expand(urlunsplit((parts.scheme, parts.netloc, bare, "", "")))
+    return _expand(urlunsplit((parts.scheme, parts.netloc, bare, "", ""))), public, rev, subfolder
+
+
+def remote_state(
+    spec: str,  # Git URL of a private package
+) -> str:       # the tag's objects, or the commit that the URL names
+    "What a Git URL means now: a tag can be moved. It is asked for; an error if nobody answers."
+    check_source(spec)
+    full, public, rev, _ = _remote(spec)
+    if re.fullmatch(r"[0-9a-f]{40}", rev):
+        return rev
+    return _git("ls-remote", "--", full, f"refs/tags/{rev}", f"refs/tags/{rev}^{{}}", what=f"private: git ls-remote {public}", secrets=url_secrets(full)) or rev
+
+
+def _fetch(spec: str, scratch: Path) -> _Checkout | Path:
+    "A checkout of a source, or the wheel that it names."
+    check_source(spec)
+    if path := local_source(spec):
+        if path.is_file() and path.suffix == ".whl":
+            return path
+        if not path.is_dir():
+            raise ValueError(f"private: {spec}: neither a Git URL (git+https://…@TAG) nor a folder nor a wheel that exists")
+        return _copy(path, scratch)
+    full, public, rev, subfolder = _remote(spec)
     secrets = url_secrets(full)
     _git("clone", "--quiet", "--no-checkout", "--", full, str(scratch), what=f"private: git clone {public}", secrets=secrets)
     _git("-C", str(scratch), "remote", "set-url", "origin", public, what="git")  # a build that writes down its origin writes no token
