@@ -235,6 +235,16 @@ def test_a_champion_that_was_deleted_and_a_run_by_hand_are_no_error(state: Path,
         assert "by hand" in seen["lineage"] and "the first release" not in seen["summary"] + seen["changes"]
 
 
+def test_a_data_set_that_was_deleted_is_no_error(state: Path, releases: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from textrelay import evidence
+
+    real, gone = evidence.consume, evidence.Release.find(releases["1"]).steps["train"].result["dataset"]
+    monkeypatch.setattr(evidence, "consume", lambda reference: real("replies@999" if reference == gone else reference))  # there is no such version either
+    first, second = (Seen(evidence.page(evidence.evidence(releases[number]))).sections for number in ("1", "2"))
+    assert "The data set was deleted" in first["lineage"] and gone in first["lineage"] and "Rows of the data set" in second["lineage"]
+    assert "one of them was deleted" in second["changes"] and "different rows were added" not in second["changes"]
+
+
 def test_a_release_that_is_not_there(state: Path, releases: dict[str, str]) -> None:
     from textrelay.evidence import Release
 

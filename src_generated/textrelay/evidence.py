@@ -19,7 +19,7 @@ from typing import Any
 
 from .approvals import Approval, approvals, held_against
 from .cache import FOUND
-from .core import atomic_write, project_root, read_json
+from .core import IntegrityError, atomic_write, project_root, read_json
 from .exchange import consume, load_dataset, store, unreachable
 from .flavor import model_folder
 from .metrics import PAIRED, Scores, compare, evaluate, mcnemar, metric_name, read_scores
@@ -215,7 +215,13 @@ def data_of(
     train = _result(release, "train")
     out: dict[str, Any] = {"reference": train.get("dataset"), "digest": release.origin.get("dataset"), "counts": {}, "rows": set()}
     if train:
-        data = load_dataset(consume(train["dataset"]), **train["reading"])
+        try:
+            folder = consume(train["dataset"])
+        except IntegrityError:
+            raise
+        except ValueError:  # it was deleted, as mail has to be one day; what is known of it without its rows is shown
+            return out
+        data = load_dataset(folder, **train["reading"])
         out |= {"counts": data.counts(), "rows": {(row[data.text], row[data.label]) for part in data.splits.values() for row in part}}
     return out
 
@@ -388,7 +394,7 @@ Right where the other is wrong: this release {{ paired.only_a|int }} rows, the c
 {% endfor %}</pre></details>
 {% else %}<p>None.</p>{% endfor %}
 <h3>Data</h3>
-<p>{% if data.digest == old_data.digest %}The same data set.{% else %}{{ old_data.reference }} (<span class="id">{{ old_data.digest }}</span>) → {{ data.reference }} (<span class="id">{{ data.digest }}</span>): {{ data.added }} different rows were added, {{ data.gone }} are gone.{% endif %}</p>
+<p>{% if data.digest == old_data.digest %}The same data set.{% else %}{{ old_data.reference }} (<span class="id">{{ old_data.digest }}</span>) → {{ data.reference }} (<span class="id">{{ data.digest }}</span>){% if data.added is defined %}: {{ data.added }} different rows were added, {{ data.gone }} are gone.{% else %}; one of them was deleted, so that their rows cannot be compared.{% endif %}{% endif %}</p>
 <h3>Public packages that it is served with</h3>
 {{ differ(changes.packages, "package") }}
 {% else %}<p>Nothing to compare with: {{ "what it was judged against was deleted" if lost else "this is the first release" }}.</p>{% endif %}
@@ -420,7 +426,7 @@ Right where the other is wrong: this release {{ paired.only_a|int }} rows, the c
 <table><thead><tr><th>label</th>{% for part in data.counts %}<th class="n">{{ part }}</th>{% endfor %}</tr></thead>
 {% for label in data.counts.train %}<tr><td>{{ label }}</td>{% for part in data.counts %}<td class="n">{{ data.counts[part].get(label, 0) }}</td>{% endfor %}</tr>
 {% endfor %}<tr><th>all</th>{% for part in data.counts %}<td class="n">{{ data.counts[part].values()|sum }}</td>{% endfor %}</tr></table>
-{% for s in steps if s.stage == "train" and s.params.get("rows", "null") not in ("null", "") %}<p>Trained on a part of the training rows (train.rows: {{ s.params.rows }}).</p>{% endfor %}{% endif %}
+{% for s in steps if s.stage == "train" and s.params.get("rows", "null") not in ("null", "") %}<p>Trained on a part of the training rows (train.rows: {{ s.params.rows }}).</p>{% endfor %}{% elif data.reference %}<p>The data set was deleted; its rows cannot be counted any more.</p>{% endif %}
 <details><summary>All parameters</summary><table>{% for s in steps + deployments %}{% for name, value in s.params|dictsort %}<tr><td class="id">{{ s.stage }}.{{ name }}</td><td class="id">{{ value }}</td></tr>
 {% endfor %}{% endfor %}</table></details>
 </section>
@@ -494,7 +500,7 @@ def evidence(
     before, wrap = release.before(), release.steps.get("wrap")
     scores, rival = (_scores(wrap, f"{n}.csv") for n in ("scores", "champion"))
     data, old = data_of(release), data_of(before) if before else None
-    if old:
+    if old and old["rows"] and data["rows"]:
         data |= {"added": len(data["rows"] - old["rows"]), "gone": len(old["rows"] - data["rows"])}
     asked = [s.params.get("allowed_signers", "null") for s in [*release.deployments[::-1], *release.steps.values()]]
     named = allowed_signers or next((text for text in asked if text != "null"), None)
