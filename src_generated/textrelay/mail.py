@@ -13,6 +13,7 @@ from email import message_from_bytes
 from email.header import decode_header
 from email.message import Message
 from email.parser import BytesHeaderParser
+from email.policy import Compat32
 from functools import lru_cache
 from typing import Any
 
@@ -189,6 +190,14 @@ def _text_lines(root: Any) -> Iterator[str]:
 _MAX_PARTS = 200  # more is an attack or a broken mailer
 
 
+class _Bounded(Compat32):
+    "Parameters of a Content-Type are read to 2000 characters: Python goes through an open quote again for each semicolon in it (80 KB: 7 s)."
+
+    def header_source_parse(self, sourcelines: list[str]) -> tuple[str, str]:
+        name, value = super().header_source_parse(sourcelines)
+        return name, value[:2000] if name.lower() == "content-type" else value
+
+
 def _leaves(message: Message) -> Iterator[Message]:
     stack, seen = [message], 0
     while stack and seen < _MAX_PARTS:
@@ -197,6 +206,9 @@ def _leaves(message: Message) -> Iterator[Message]:
         yield part
         if part.get_content_maintype() == "multipart" and isinstance(payload, list):
             stack += [inner for inner in reversed(payload) if isinstance(inner, Message)]
+
+
+_BOUNDED = _Bounded()
 
 
 def _part_text(part: Message) -> str:
@@ -220,7 +232,7 @@ def parse_mail(
     parts: list[str] = []
     defects: list[str] = []
     try:
-        message = message_from_bytes(data)
+        message = message_from_bytes(data, policy=_BOUNDED)
     except Exception as error:  #RecursionError on deep nesting; odd boundaries raise other kinds
         defects.append(f"parser:{type(error).__name__}")
         message = BytesHeaderParser().parsebytes(data[:100_000])
