@@ -251,8 +251,9 @@ def _is_whole(what: Publication, content: dict[str, str]) -> bool:
     from mlflow.exceptions import MlflowException
 
     try:
-        if store().get_run(what.run_id).info.artifact_uri.startswith("file:"):
-            verify_manifest(download_artifacts(f"runs:/{what.run_id}/content"), content)  # nothing is copied
+        uri = store().get_run(what.run_id).info.artifact_uri
+        if uri.startswith(("file:", "/")):
+            verify_manifest(download_artifacts(f"{uri}/content"), content)  # nothing is copied, as it would be by the run's id
         return load_dict(f"runs:/{what.run_id}/manifest.json") == content
     except (MlflowException, OSError, ValueError):
         return False
