@@ -223,6 +223,7 @@ def _append(entry: Entry, environment: str, record: dict[str, Any], after: int, 
     from mlflow.exceptions import MlflowException
 
     client, where, mine = store(), journal(entry.name, environment), uuid.uuid4().hex
+    version = client.get_model_version(entry.name, entry.version)  # a server (not a local store) refuses a source whose run and model are not named with it
     known = _records(entry.name, environment)
     if (pointer := _pointer([r for r in known if r[0] <= after])) != _pointer(known):
         return None
@@ -232,7 +233,8 @@ def _append(entry: Entry, environment: str, record: dict[str, Any], after: int, 
             if not after:
                 with suppress(MlflowException):  # it is there, or the next line says what is wrong
                     client.create_registered_model(where, tags={JOURNAL: json.dumps([entry.name, environment])})
-            client.create_model_version(where, f"models:/{entry.name}/{entry.version}", entry.run_id or None, tags={RECORD: text}, await_creation_for=0)
+            client.create_model_version(where, f"models:/{entry.name}/{entry.version}", version.run_id or None, model_id=version.model_id or None,
+                                        tags={RECORD: text}, await_creation_for=0)
             problem = None
         except MlflowException as e:  # a locked database; or it was done, and only the answer was lost
             problem = e
