@@ -22,9 +22,9 @@ from typing import Any
 
 # %% auto #0
 __all__ = ['CLUTTER', 'Row', 'MARKERS', 'IntegrityError', 'Refused', 'StageError', 'digest_bytes', 'digest_json', 'digest_file',
-           'manifest', 'digest_tree', 'verify_manifest', 'atomic_write', 'atomic_folder', 'read_yaml', 'write_json',
-           'json_text', 'read_json', 'scan_table', 'read_table', 'csv_text', 'write_table', 'dotted', 'dotted_name',
-           'project_root', 'home']
+           'manifest', 'digest_tree', 'verify_manifest', 'atomic_write', 'atomic_folder', 'read_yaml', 'not_finite',
+           'write_json', 'json_text', 'read_json', 'scan_table', 'read_table', 'csv_text', 'write_table', 'dotted',
+           'dotted_name', 'project_root', 'home']
 
 # %% ../../nbs/lib/00_core.ipynb #ff524bd6
 class IntegrityError(ValueError):
@@ -169,16 +169,20 @@ def read_yaml(
         where = f", line {mark.line + 1}" if mark else ""
         problem = str(getattr(e, "problem", None) or e).splitlines()[0]
         raise ValueError(f"{path}{where}: not valid YAML: {problem}") from None
-    for place, value in _not_finite(content):
+    for place, value in not_finite(content):
         raise ValueError(f"{path}: {place} is {value}, which JSON cannot hold; write a number, or null for none")
     return content
 
 
-def _not_finite(value: Any, place: str = "") -> Iterator[tuple[str, float]]:
+def not_finite(
+    value: Any,       # dicts, lists and plain values
+    place: str = "",  # where it is itself
+) -> Iterator[tuple[str, float]]:  # 'train.lr.1', and the value there
+    "Numbers that JSON and MLflow do not know: nan and the infinities."
     if isinstance(value, float) and not math.isfinite(value):
         yield place, value
     for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        yield from _not_finite(inner, f"{place}.{key}" if place else str(key))
+        yield from not_finite(inner, f"{place}.{key}" if place else str(key))
 
 
 def write_json(

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from .cache import FOUND, KEY, PARTS, Earlier, earlier, found, notebook_digest, stage_key
-from .core import Refused, StageError, digest_json, digest_tree, home, project_root, read_json, read_yaml, write_json
+from .core import Refused, StageError, digest_json, digest_tree, home, not_finite, project_root, read_json, read_yaml, write_json
 from .exchange import PUBLICATIONS, environment, experiment, resolve, shown, shown_uri, store, tracking_uri, unreachable
 from .provenance import commit, provenance
 from .secrets import url_secrets
@@ -142,11 +142,9 @@ def effective(
     values = {**have, **requested}
     if missing := sorted(k for k, v in values.items() if v is ...):
         raise ValueError(f"{source}: parameters {missing} are missing; {name} needs them")
+    for place, number in not_finite(dict(requested)):
+        raise ValueError(f"{source}: parameter {place!r} holds {number}, which MLflow and JSON do not know; write a finite number, or null")
     for key, value in requested.items():
-        try:
-            json.dumps(value, default=str, allow_nan=False)
-        except ValueError:
-            raise ValueError(f"{source}: parameter {key!r} holds {value!r}, which MLflow and JSON do not know; write a finite number, or null") from None
         wanted = have[key]
         if wanted is ... or wanted is None or value is None or type(value) is type(wanted) or (type(wanted) is float and type(value) is int):
             continue
@@ -579,6 +577,8 @@ def run_chain(
     for name, values in (overrides or {}).items():
         if name not in STAGES:
             raise ValueError(f"--set {name}.…: no such stage; expected one of {list(STAGES)}")
+        for place, number in not_finite(values, name):
+            raise ValueError(f"--set {place}: {number} is no number that MLflow and JSON know; write a finite one, or null")
         wanted[name] = {**wanted.get(name, {}), **values}
     _without_credentials(wanted, path)
     made = _made(release) if release else {}
